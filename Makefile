@@ -1,0 +1,65 @@
+# The whole contributor interface. `.ci/run` calls the same targets.
+#   make demo    trace digits with planted label errors; writes demo/report.html
+#   make test    every test, doctests included, with coverage
+#   make check   format, lint, types, layers
+#   make docs    docs/_build/html/index.html
+#   make bench   speed, as ratios to one plain forward and backward pass
+#   make clean   what the targets wrote, .venv excepted
+# TORCH is what pip installs as torch (TORCH=torch==2.13.0); PYTHON makes .venv where there is none.
+
+TORCH ?= torch
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# Stamps say what the environment already has, so that a second run starts at once.
+TORCH_STAMP := $(VENV)/.tracin-torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1)
+DEMO_STAMP := $(VENV)/.tracin-demo
+DEV_STAMP := $(VENV)/.tracin-dev
+
+.PHONY: help demo test check docs bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
+
+demo: $(DEMO_STAMP)
+	$(BIN)/tracin demo --out demo
+
+test: $(DEV_STAMP)
+	$(BIN)/python -m pytest --cov --cov-report=term
+
+check: $(DEV_STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+docs: $(DEV_STAMP)
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+bench: $(DEV_STAMP)
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf demo docs/_build build dist .coverage .coverage.* .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("tracin needs Python 3.11 or newer, this is %d.%d: make PYTHON=python3.12" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first, so that the project takes the build that was asked for.
+$(TORCH_STAMP): | $(BIN)/python
+	$(PIP) --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
+	$(PIP) install '$(TORCH)'
+	rm -f $(VENV)/.tracin-*
+	touch $@
+
+$(DEMO_STAMP): pyproject.toml $(TORCH_STAMP)
+	$(PIP) install --editable '.[demo]'
+	touch $@
+
+$(DEV_STAMP): pyproject.toml $(TORCH_STAMP)
+	$(PIP) install --editable '.[all,dev]'
+	touch $@ $(DEMO_STAMP)

@@ -1,0 +1,22 @@
+"""Trace a prediction back to the training examples that taught it."""
+
+from tracin import errors
+from tracin.checkpoints import Checkpoint, CheckpointRecorder, Trajectory
+from tracin.methods import TracInCP
+from tracin.results import Scores, SelfInfluence, TopK
+from tracin.tasks import Task, losses
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointRecorder",
+    "Scores",
+    "SelfInfluence",
+    "Task",
+    "TopK",
+    "TracInCP",
+    "Trajectory",
+    "errors",
+    "losses",
+]

@@ -1,0 +1,1 @@
+"""Per-example gradients, exact for any module, and their products."""

@@ -1,0 +1,67 @@
+"""When two gradients agree: ‖Δ‖ / ‖reference‖, with a floor where the reference is rounding noise.
+
+A gradient that cancels to almost nothing (the key bias of attention, a sum over a converged batch) has no relative
+accuracy in any arithmetic. The denominator is therefore at least a small share of ``scale``, the magnitude of what was
+added up, and of ``total``, the norm over all parameters.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["TOLERANCE", "accumulation_dtype", "is_zero", "relative_error", "tolerance"]
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which products of gradients of ``dtype`` are added up: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Largest relative error at which a route counts as exact."""
+    return TOLERANCE.get(dtype, TOLERANCE[torch.float32])
+
+
+def _floor(dtype: torch.dtype, scale: float, total: float) -> float:
+    eps = torch.finfo(dtype).eps
+    noise = 10 * eps / tolerance(dtype)
+    return noise * max(scale, total)
+
+
+def is_zero(reference: Tensor, dtype: torch.dtype, total: float) -> bool:
+    """Whether a reference gradient is zero up to rounding, so that it proves nothing.
+
+    Args:
+        reference: The gradient.
+        dtype: Dtype of the model's arithmetic.
+        total: Norm of the gradient over all parameters.
+
+    Returns:
+        True for zero and for rounding noise.
+    """
+    return float(torch.linalg.vector_norm(reference)) <= 4 * torch.finfo(dtype).eps * total
+
+
+def relative_error(estimate: Tensor, reference: Tensor, dtype: torch.dtype, scale: float, total: float) -> float:
+    """‖estimate − reference‖ / max(‖reference‖, noise floor).
+
+    Args:
+        estimate: A route's gradient.
+        reference: Autograd's.
+        dtype: Dtype of the model's arithmetic.
+        scale: Magnitude of what was added up to make the reference (its norm, if it is one row's).
+        total: Norm over all parameters.
+
+    Returns:
+        The error; infinity where one side is not finite and the other is.
+    """
+    wide = torch.float64 if reference.device.type != "mps" else torch.float32
+    estimate, reference = estimate.reshape(-1).to(wide), reference.reshape(-1).to(wide)
+    difference = float(torch.linalg.vector_norm(estimate - reference))
+    if difference != difference:
+        return float("inf")
+    denominator = max(float(torch.linalg.vector_norm(reference)), _floor(dtype, scale, total))
+    return difference / denominator if denominator > 0 else (0.0 if difference == 0 else float("inf"))

@@ -1,0 +1,109 @@
+r"""Weight gradients of convolutions, one per picture.
+
+A convolution y = x * W (cross-correlation, W [o, c/g, *kernel]) has the weight gradient of picture n
+
+    ∂ℓ/∂W[o, c, k] = Σ_pixels δ[n, o, pixel] · x[n, c, stride·pixel + dilation·k]
+
+Two exact routes: one grouped convolution-backward in which each picture is its own group, or patches of x
+(a strided view) times δ as a batched matrix product. A transposed convolution is the same with x and δ
+exchanged: its weight gradient correlates δ (the larger map) with x.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import grad as conv_grad
+
+__all__ = ["ConvolutionShape", "patches", "weight_gradient"]
+
+
+@dataclass(frozen=True)
+class ConvolutionShape:
+    """Geometry of a convolution whose input is already padded; W is [out_channels, in_channels/groups, *kernel]."""
+
+    out_channels: int
+    in_channels: int
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    @property
+    def weight_size(self) -> int:
+        """Entries of W."""
+        return self.out_channels * (self.in_channels // self.groups) * math.prod(self.kernel)
+
+
+def patches(x: Tensor, shape: ConvolutionShape, pixels: tuple[int, ...] | None = None) -> Tensor:
+    """Patches of padded pictures x [n, c, *space] as [n, pixels, c·kernel] (kernel fastest)."""
+    view = _windows(x, shape, pixels)  # [n, c, *pixels, *kernel]
+    dims = len(shape.kernel)
+    order = (0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims))
+    n = x.shape[0]
+    return view.permute(order).reshape(n, -1, shape.in_channels * math.prod(shape.kernel))
+
+
+def _windows(x: Tensor, shape: ConvolutionShape, pixels: tuple[int, ...] | None) -> Tensor:
+    view = x
+    dims = len(shape.kernel)
+    for axis in range(dims):
+        span = shape.dilation[axis] * (shape.kernel[axis] - 1) + 1
+        view = view.unfold(2 + axis, span, shape.stride[axis])
+    for axis in range(dims):
+        last = 2 + dims + axis
+        index = [slice(None)] * view.dim()
+        index[last] = slice(None, None, shape.dilation[axis])
+        if pixels is not None:
+            index[2 + axis] = slice(0, pixels[axis])
+        view = view[tuple(index)]
+    return view
+
+
+def weight_gradient(x: Tensor, d: Tensor, shape: ConvolutionShape) -> Tensor:
+    """Weight gradient of each picture.
+
+    Args:
+        x: Padded inputs [n, c, *space].
+        d: δ at the outputs [n, o, *pixels].
+        shape: The geometry.
+
+    Returns:
+        Gradients [n, o, c/g, *kernel].
+    """
+    if _patches_are_cheaper(d, shape):
+        return _by_patches(x, d, shape)
+    return _by_grouped_convolution(x, d, shape)
+
+
+def _patches_are_cheaper(d: Tensor, shape: ConvolutionShape) -> bool:
+    return math.prod(shape.kernel) == 1 or d[0, 0].numel() <= 64 or d.dtype == torch.float64
+
+
+def _by_patches(x: Tensor, d: Tensor, shape: ConvolutionShape) -> Tensor:
+    n, g = x.shape[0], shape.groups
+    a = patches(x, shape, tuple(d.shape[2:]))  # [n, t, c·kernel]
+    t = a.shape[1]
+    a = a.reshape(n, t, g, -1).transpose(1, 2)  # [n, g, t, c/g·kernel]
+    d = d.reshape(n, g, shape.out_channels // g, t)  # [n, g, o/g, t]
+    out = torch.matmul(d, a)
+    return out.reshape(n, shape.out_channels, shape.in_channels // g, *shape.kernel)
+
+
+def _by_grouped_convolution(x: Tensor, d: Tensor, shape: ConvolutionShape) -> Tensor:
+    n = x.shape[0]
+    size = (n * shape.out_channels, shape.in_channels // shape.groups, *shape.kernel)
+    function = (conv_grad.conv1d_weight, conv_grad.conv2d_weight, conv_grad.conv3d_weight)[len(shape.kernel) - 1]
+    out = function(
+        x.reshape(1, n * shape.in_channels, *x.shape[2:]),
+        size,
+        d.reshape(1, n * shape.out_channels, *d.shape[2:]),
+        stride=shape.stride,
+        padding=0,
+        dilation=shape.dilation,
+        groups=n * shape.groups,
+    )
+    return out.view(n, shape.out_channels, shape.in_channels // shape.groups, *shape.kernel)

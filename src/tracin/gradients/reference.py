@@ -1,0 +1,80 @@
+r"""One example at a time: obviously correct, slow, the judge of every other route.
+
+    g(z_i) = ∇_θ ℓ_i        by ``torch.autograd.grad`` of one entry of the loss vector
+
+``in_graph`` takes the gradient in the graph of a whole batch, so that float32 kinks (a ReLU at zero) fall as they do
+in the batch. ``alone`` runs the row by itself, and is the route of parameters that no other route reaches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["alone", "in_graph", "summed"]
+
+
+def _grad(scalar: Tensor, parameters: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    values = list(parameters.values())
+    found = torch.autograd.grad(scalar, values, retain_graph=keep, allow_unused=True)
+    out = {}
+    for name, parameter, gradient in zip(parameters, values, found, strict=True):
+        if gradient is None:
+            gradient = torch.zeros_like(parameter)
+        out[name] = (gradient.to_dense() if gradient.layout != torch.strided else gradient).detach()
+    return out
+
+
+def in_graph(losses: Tensor, parameters: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
+    """The gradient of one row's loss within the batch's graph, which is kept.
+
+    Args:
+        losses: The losses [n] of a batch, with their graph.
+        parameters: Parameters by name.
+        row: Position in the batch.
+
+    Returns:
+        Each parameter's gradient; zeros where the row does not use it.
+    """
+    return _grad(losses[row], parameters, keep=True)
+
+
+def summed(losses: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The gradient of the sum of a batch's losses; the graph is kept.
+
+    Args:
+        losses: The losses [n] of a batch, with their graph.
+        parameters: Parameters by name.
+
+    Returns:
+        Each parameter's gradient; zeros where it is unused.
+    """
+    return _grad(losses.sum(), parameters, keep=True)
+
+
+def alone(
+    losses_of: Callable[[Any, Sequence[int]], Tensor],
+    take: Callable[[Sequence[int]], Any],
+    rows: Sequence[int],
+    parameters: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """The gradients of several rows, each run by itself.
+
+    Args:
+        losses_of: ``losses_of(batch, rows) -> Tensor [n]``.
+        take: Makes a batch of the rows asked for.
+        rows: Positions in the data.
+        parameters: Parameters by name.
+
+    Returns:
+        Each parameter's gradients [len(rows), p], multiplied out.
+    """
+    out = {name: parameter.new_empty(len(rows), parameter.numel()) for name, parameter in parameters.items()}
+    for at, row in enumerate(rows):
+        losses = losses_of(take([row]), [row])
+        for name, gradient in _grad(losses[0], parameters, keep=False).items():
+            out[name][at] = gradient.reshape(-1)
+    return out

@@ -1,0 +1,204 @@
+r"""Layer type → block: the per-example gradients of a layer from its input and δ = ∂(Σ_n ℓ_n)/∂output.
+
+A rule is a pure function of (layer, input, δ, wanted roles). It sees the rows as [n, k, ...]: n examples with k
+entries each along the row axis (k = 1 but for flattened or windowed activations), then whatever the layer reads.
+
+| layer | ∂ℓ_n/∂weight | ∂ℓ_n/∂bias |
+|---|---|---|
+| Linear | Σ_t δ_nt ⊗ a_nt | Σ_t δ_nt |
+| Conv | Σ_pixels δ · patch of the padded input | Σ_pixels δ |
+| transposed Conv | Σ_pixels x · patch of the padded δ | Σ_pixels δ |
+| Embedding | δ_nt in the row of its token, none at ``padding_idx`` | |
+| LayerNorm, GroupNorm, BatchNorm in eval, RMSNorm | Σ_t x̂ ⊙ δ, x̂ the normalised input | Σ_t δ |
+
+A rule holds for a class and for subclasses that do not override what computes. To add one: write the function,
+register it with the methods it relies on, and give it a case in the tests of every rule and of every mutation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from tracin.gradients.blocks import Block, Convolution, Dense, Outer, Rows
+from tracin.gradients.convolution import ConvolutionShape
+
+__all__ = ["RULES", "Rule", "rule_for"]
+
+# Roles ("weight", "bias") of the parameters that a block holds → the block.
+Gradients = Mapping[tuple[str, ...], Block]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one layer type's gradients are read from a call.
+
+    ``compute(layer, x, d, wanted)`` gets x and d as [n, k, ...]; ``wanted`` is the set of roles to trace.
+    ``methods`` are the methods that a subclass must leave alone for the rule to hold. ``row_axis_first`` says that the
+    layer itself reads rows on axis 0, ``fused`` that a weight and a bias come as one block.
+    """
+
+    layer: type[nn.Module]
+    compute: Callable[[Any, Tensor, Tensor, frozenset[str]], Gradients]
+    methods: tuple[str, ...] = ("forward",)
+    row_axis_first: bool = False
+    fused: bool = False
+
+
+def _linear(layer: nn.Linear, x: Tensor, d: Tensor, wanted: frozenset[str]) -> Gradients:
+    n = len(x)
+    a, delta = x.reshape(n, -1, x.shape[-1]), d.reshape(n, -1, d.shape[-1])  # [n, t, i], [n, t, o]
+    if wanted == {"weight", "bias"}:
+        return {("weight", "bias"): Outer(a, delta, bias=1.0)}
+    if wanted == {"bias"}:
+        return {("bias",): Dense(delta.sum(1))}
+    return {("weight",): Outer(a, delta)}
+
+
+def _channel_sum(d: Tensor) -> Dense:
+    """δ [n, k, o, ...] summed over everything but rows and channels."""
+    return Dense(d.flatten(3).sum((1, 3)) if d.dim() > 3 else d.sum(1))
+
+
+def _convolution(layer: _ConvNd, x: Tensor, d: Tensor, wanted: frozenset[str]) -> Gradients:
+    out: dict[tuple[str, ...], Block] = {}
+    if "weight" in wanted:
+        n, k = x.shape[:2]
+        flat = x.flatten(0, 1)
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        sides = _padding(layer)
+        padded = F.pad(flat, sides, mode=mode) if any(sides) else flat
+        shape = ConvolutionShape(
+            layer.out_channels, layer.in_channels, layer.kernel_size, _ints(layer.stride), layer.dilation, layer.groups
+        )
+        out[("weight",)] = Convolution(padded.reshape(n, k, *padded.shape[1:]), d, shape)
+    if "bias" in wanted:
+        out[("bias",)] = _channel_sum(d)
+    return out
+
+
+def _ints(values: Any) -> tuple[int, ...]:
+    return tuple(int(value) for value in values)
+
+
+def _padding(layer: _ConvNd) -> list[int]:
+    """Padding of both sides of each space axis, last axis first, as ``F.pad`` takes it."""
+    sides: list[int] = []
+    for axis in reversed(range(len(layer.kernel_size))):
+        if layer.padding == "valid":
+            sides += [0, 0]
+        elif layer.padding == "same":
+            total = layer.dilation[axis] * (layer.kernel_size[axis] - 1)
+            sides += [total // 2, total - total // 2]
+        else:
+            sides += [int(layer.padding[axis])] * 2
+    return sides
+
+
+def _transposed_convolution(layer: _ConvTransposeNd, x: Tensor, d: Tensor, wanted: frozenset[str]) -> Gradients:
+    out: dict[tuple[str, ...], Block] = {}
+    if "weight" in wanted:
+        n, k = d.shape[:2]
+        flat = d.flatten(0, 1)
+        sides = _padding(layer)
+        padded = F.pad(flat, sides) if any(sides) else flat
+        shape = ConvolutionShape(
+            layer.in_channels, layer.out_channels, layer.kernel_size, _ints(layer.stride), layer.dilation, layer.groups
+        )
+        out[("weight",)] = Convolution(padded.reshape(n, k, *padded.shape[1:]), x, shape)
+    if "bias" in wanted:
+        out[("bias",)] = _channel_sum(d)
+    return out
+
+
+def _embedding(layer: nn.Embedding, x: Tensor, d: Tensor, wanted: frozenset[str]) -> Gradients:
+    n = len(x)
+    index, delta = x.reshape(n, -1), d.reshape(n, -1, d.shape[-1])
+    if layer.padding_idx is not None:
+        delta = delta.masked_fill((index == layer.padding_idx)[..., None], 0.0)
+    return {("weight",): Rows(index, delta, layer.num_embeddings)}
+
+
+def _affine(normalised: Tensor, d: Tensor, wanted: frozenset[str], kept: tuple[int, ...]) -> Gradients:
+    """Gradients of an elementwise affine map on the axes ``kept`` of [n, ...]."""
+    summed = tuple(axis for axis in range(1, d.dim()) if axis not in kept)
+    n = len(d)
+    out: dict[tuple[str, ...], Block] = {}
+    if "weight" in wanted:
+        product = normalised * d
+        out[("weight",)] = Dense((product.sum(summed) if summed else product).reshape(n, -1))
+    if "bias" in wanted:
+        out[("bias",)] = Dense((d.sum(summed) if summed else d).reshape(n, -1))
+    return out
+
+
+def _layer_norm(layer: nn.LayerNorm, x: Tensor, d: Tensor, wanted: frozenset[str]) -> Gradients:
+    shape = layer.normalized_shape
+    normalised = F.layer_norm(x, shape, None, None, layer.eps)
+    return _affine(normalised, d, wanted, tuple(range(d.dim() - len(shape), d.dim())))
+
+
+def _rms_norm(layer: nn.RMSNorm, x: Tensor, d: Tensor, wanted: frozenset[str]) -> Gradients:
+    shape = layer.normalized_shape
+    normalised = F.rms_norm(x, shape, None, layer.eps)
+    return _affine(normalised, d, wanted, tuple(range(d.dim() - len(shape), d.dim())))
+
+
+def _group_norm(layer: nn.GroupNorm, x: Tensor, d: Tensor, wanted: frozenset[str]) -> Gradients:
+    normalised = F.group_norm(x.flatten(0, 1), layer.num_groups, None, None, layer.eps).view_as(x)
+    return _affine(normalised, d, wanted, (2,))
+
+
+def _batch_norm(layer: _BatchNorm, x: Tensor, d: Tensor, wanted: frozenset[str]) -> Gradients:
+    if layer.running_mean is None or layer.running_var is None:
+        raise ValueError("batch norm without running statistics mixes rows")
+    shape = [1, 1, -1] + [1] * (x.dim() - 3)
+    scale = torch.rsqrt(layer.running_var.to(x.dtype) + layer.eps).view(shape)
+    normalised = (x - layer.running_mean.to(x.dtype).view(shape)) * scale
+    return _affine(normalised, d, wanted, (2,))
+
+
+_CONV = ("forward", "_conv_forward")
+RULES: dict[type[nn.Module], Rule] = {
+    rule.layer: rule
+    for rule in (
+        Rule(nn.Linear, _linear, fused=True),
+        Rule(nn.Conv1d, _convolution, _CONV, True),
+        Rule(nn.Conv2d, _convolution, _CONV, True),
+        Rule(nn.Conv3d, _convolution, _CONV, True),
+        Rule(nn.ConvTranspose1d, _transposed_convolution, row_axis_first=True),
+        Rule(nn.ConvTranspose2d, _transposed_convolution, row_axis_first=True),
+        Rule(nn.ConvTranspose3d, _transposed_convolution, row_axis_first=True),
+        Rule(nn.Embedding, _embedding),
+        Rule(nn.LayerNorm, _layer_norm),
+        Rule(nn.RMSNorm, _rms_norm),
+        Rule(nn.GroupNorm, _group_norm, row_axis_first=True),
+        Rule(nn.BatchNorm1d, _batch_norm, row_axis_first=True),
+        Rule(nn.BatchNorm2d, _batch_norm, row_axis_first=True),
+        Rule(nn.BatchNorm3d, _batch_norm, row_axis_first=True),
+    )
+}
+
+
+def rule_for(module: nn.Module) -> Rule | None:
+    """The rule of a module's class, or of the layer that it inherits its computation from.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        The rule, or None where the module computes in its own way.
+    """
+    for cls in type(module).__mro__:
+        rule = RULES.get(cls)
+        if rule is not None:
+            same = all(getattr(type(module), name) is getattr(cls, name) for name in rule.methods)
+            return rule if same else None
+    return None

@@ -1,0 +1,248 @@
+"""TracInCP: influence as gradient products summed over checkpoints (Pruthi et al. 2020)."""
+
+from __future__ import annotations
+
+import platform
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tracin.checkpoints import Trajectory
+from tracin.errors import AdaptiveOptimizerWarning, OptionError
+from tracin.results import Ranking, Scores, SelfInfluence, TopK
+from tracin.scoring import passes, top_k
+from tracin.scoring.coverage import coverage_of
+from tracin.scoring.evaluation import evaluate
+from tracin.scoring.plan import Plan, plan
+from tracin.scoring.run import WEIGHTINGS, Run, Settings, opened, parse_memory
+from tracin.scoring.verification import Verification, verify
+from tracin.tasks import Task
+
+__all__ = ["TracInCP"]
+
+Weighting = Literal["learning_rate", "uniform", "integrated"]
+
+
+class TracInCP:
+    r"""Influence of training rows on predictions, traced through checkpoints.
+
+    .. math::
+        \operatorname{score}(z, z') = \sum_c \eta_c \,
+        \langle \nabla_\theta \ell(\theta_c, z), \nabla_\theta \ell(\theta_c, z') \rangle
+
+    Positive: z is a proponent, training on it lowers the loss at z'. Negative: an opponent. The unit is that of the
+    loss: η times a squared gradient is the first-order change of ℓ(z') by one SGD step on z (Pruthi et al. 2020,
+    arXiv 2002.08484, §3.2). Train, query: a map-style dataset (batched by ``batch_size``, made by ``collate``), a
+    ``DataLoader`` in order (its own batches), or a tuple or dict of tensors; ids are positions.
+
+    Args:
+        task: Model and per-example loss.
+        trajectory: The checkpoints, in training order.
+        weighting: ``"learning_rate"``: the rate of the last step before each checkpoint; ``"integrated"``: the sum of the
+            rates since the checkpoint before; ``"uniform"``: 1.
+        normalize: Cosines instead of products, so that rows with large gradients do not fill every list.
+        batch_size: Rows per batch where the data does not batch itself.
+        collate: Makes a batch of a list of a dataset's rows.
+        device: ``"auto"``: where the model lies, or the GPU if it lies on the CPU and there is one.
+        memory: Bound on held gradients and tiles; more means fewer passes.
+        progress: Show how far a run is, on standard error.
+
+    Raises:
+        OptionError: An unknown weighting or device, or a value out of range.
+
+    Warns:
+        AdaptiveOptimizerWarning: The checkpoints were recorded from another optimizer than SGD.
+
+    Example:
+        >>> import tracin
+        >>> model = torch.nn.Linear(2, 3)
+        >>> task = tracin.Task(model, tracin.losses.cross_entropy)
+        >>> checkpoint = tracin.Checkpoint(model.state_dict(), learning_rate=0.1)
+        >>> method = tracin.TracInCP(task, tracin.Trajectory([checkpoint]))
+        >>> rows = (torch.randn(8, 2), torch.arange(8) % 3)
+        >>> method.influence(rows, (rows[0][:2], rows[1][:2])).values.shape
+        torch.Size([2, 8])
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        trajectory: Trajectory,
+        *,
+        weighting: Weighting | str = "learning_rate",
+        normalize: bool = False,
+        batch_size: int = 256,
+        collate: Callable[[list], Any] | None = None,
+        device: str | torch.device = "auto",
+        memory: str | int = "2GiB",
+        progress: bool = True,
+    ) -> None:
+        if not isinstance(task, Task):
+            raise OptionError(f"TracInCP: task is a {type(task).__name__}. Give tracin.Task(model, loss).")
+        if not isinstance(trajectory, Trajectory):
+            raise OptionError(
+                f"TracInCP: trajectory is a {type(trajectory).__name__}. Give tracin.Trajectory([checkpoint, ...])."
+            )
+        if weighting not in WEIGHTINGS:
+            raise OptionError(f"TracInCP: weighting is {weighting!r}. Choose one of {', '.join(WEIGHTINGS)}.")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise OptionError(f"batch_size is {batch_size!r}: give a whole number of rows, at least 1.")
+        self.task, self.trajectory = task, trajectory
+        self.settings = Settings(weighting, normalize, batch_size, collate, device, parse_memory(memory), progress)
+        adaptive = sorted({c.optimizer for c in trajectory if c.optimizer and c.optimizer != "SGD"})
+        if adaptive:
+            warnings.warn(
+                f"the checkpoints were recorded from {', '.join(adaptive)}: TracIn assumes plain SGD steps, so scores follow "
+                "gradients, not this optimizer's updates.",
+                AdaptiveOptimizerWarning,
+                stacklevel=2,
+            )
+
+    def influence(self, train: Any, queries: Any) -> Scores:
+        """Scores of every train row for every query.
+
+        Args:
+            train: Train rows.
+            queries: Query rows, under ``task.query_loss`` where it is given.
+
+        Returns:
+            ``values`` [q, n] on the CPU, in the parameters' dtype, at least float32.
+        """
+        with opened(self.task, self.trajectory, self.settings, train, queries) as run:
+            values = passes.influence(run)
+            n, q = len(run.train.rows), values.shape[0]
+            return Scores(
+                values=values,
+                train_ids=torch.arange(n),
+                query_ids=torch.arange(q),
+                provenance=self._provenance(run, "influence"),
+            )
+
+    def top_k(self, train: Any, queries: Any, k: int = 10, *, within: Literal["label"] | int | None = None) -> TopK:
+        """The k strongest proponents and opponents of every query, without the matrix of all scores.
+
+        Args:
+            train: Train rows.
+            queries: Query rows.
+            k: List length.
+            within: ``"label"``: only train rows of the query's label; a class number: only rows of that class.
+
+        Returns:
+            Proponents and opponents, signs kept, ties by lower id.
+
+        Raises:
+            OptionError: k is out of range, or a class has fewer than k rows.
+        """
+        allowed = self._allowed(train, queries, k, within)
+        with opened(self.task, self.trajectory, self.settings, train, queries) as run:
+            high, low = top_k.top_k(run, k, allowed)
+            provenance = {**self._provenance(run, "top_k"), "k": k, "within": within}
+            return TopK(
+                proponents=Ranking(ids=high.ids, values=high.values),
+                opponents=Ranking(ids=low.ids, values=low.values),
+                query_ids=torch.arange(len(high.ids)),
+                provenance=provenance,
+                notes=() if self.settings.normalize else _dominance(high.ids, low.ids, len(run.train.rows)),
+            )
+
+    def self_influence(self, train: Any) -> SelfInfluence:
+        """score(z, z) of every train row: high for rows that the model must learn by heart, mislabelled ones first.
+
+        Args:
+            train: Train rows.
+
+        Returns:
+            ``values`` [n].
+        """
+        with opened(self.task, self.trajectory, self.settings, train) as run:
+            values = passes.self_influence(run)
+            provenance = self._provenance(run, "self_influence")
+            return SelfInfluence(values=values, train_ids=torch.arange(len(values)), provenance=provenance)
+
+    def verify(self, train: Any, *, rows: int = 8, seed: int = 0) -> Verification:
+        """Exactness on this model and data: random rows at every checkpoint against one-at-a-time autograd.
+
+        Args:
+            train: Train rows.
+            rows: Rows to compare.
+            seed: Which rows.
+
+        Returns:
+            Errors and coverage.
+        """
+        with opened(self.task, self.trajectory, self.settings, train) as run:
+            return verify(run, rows, seed)
+
+    def plan(self, train: Any, queries: Any) -> Plan:
+        """Memory, time, passes and routes of ``influence(train, queries)``, from one batch of each.
+
+        Args:
+            train: Train rows.
+            queries: Query rows.
+
+        Returns:
+            The plan.
+        """
+        with opened(self.task, self.trajectory, self.settings, train, queries) as run:
+            return plan(run)
+
+    def _allowed(self, train: Any, queries: Any, k: int, within: str | int | None) -> Tensor | None:
+        if within is None:
+            return None
+        options = {k: v for k, v in vars(self.settings).items() if k in ("batch_size", "collate", "device")}
+        last = Trajectory([self.trajectory[len(self.trajectory) - 1]])
+        labels = evaluate(self.task, last, train, name="train", **options).labels
+        asked = evaluate(self.task, last, queries, **options).labels
+        if labels is None or asked is None:
+            raise OptionError("within= needs labels: give Task(outputs=...), or use a ready-made classification loss.")
+        if within != "label" and (isinstance(within, bool) or not isinstance(within, int)):
+            raise OptionError(f"within is {within!r}: give None, 'label' or a class number.")
+        wanted = asked if within == "label" else torch.full_like(asked, int(within))
+        for cls in wanted.unique().tolist():
+            count = int((labels == cls).sum())
+            if count < k:
+                raise OptionError(f"k is {k}, but only {count} train rows have class {cls}.")
+        return wanted[:, None] == labels[None, :]
+
+    def _provenance(self, run: Run, verb: str) -> dict[str, Any]:
+        wiring = run.train.wiring
+        return {
+            "method": "TracInCP",
+            "verb": verb,
+            "task": {
+                "model": type(self.task.model).__name__,
+                "loss": getattr(self.task.loss, "__name__", type(self.task.loss).__name__),
+                "query_loss": getattr(self.task.query_loss, "__name__", None),
+                "parameters": list(self.task.globs),
+            },
+            "checkpoints": self.trajectory.describe(),
+            "trajectory": self.trajectory.fingerprint(),
+            "weighting": self.settings.weighting,
+            "normalize": self.settings.normalize,
+            "dtype": str(run.dtype).removeprefix("torch."),
+            "device": str(run.loaded.device),
+            "seed": None,
+            "scale": "sum over checkpoints of rate × gradient product, losses as the task returns them per row",
+            "coverage": coverage_of(run.selection, wiring, run.train.irregular).by_route() if wiring else {},
+            "versions": {"tracin": version("tracin"), "torch": torch.__version__, "python": platform.python_version()},
+        }
+
+
+def _dominance(high: Tensor, low: Tensor, n: int) -> tuple[str, ...]:
+    """A note when a few rows fill most queries' lists."""
+    q, k = high.shape
+    if q < 5 or n < 5 * k:
+        return ()
+    entries = torch.cat([high, low], 1).reshape(-1)
+    counts = entries.bincount(minlength=n)
+    share = float(counts.topk(min(2 * k, n)).values.sum()) / len(entries)
+    if share < 0.8:
+        return ()
+    return (
+        f"the same {min(2 * k, n)} rows fill {share:.0%} of all queries' lists. Rows with large gradients dominate; "
+        "normalize=True compares directions instead of lengths.",
+    )

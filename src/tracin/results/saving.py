@@ -1,0 +1,147 @@
+"""What the results share: their checks, and one safetensors file with JSON in its header."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tracin.errors import MissingExtraError, ResultError
+from tracin.files import read_tensors, write_tensors
+
+__all__ = [
+    "assign",
+    "build",
+    "check_ids",
+    "check_provenance",
+    "check_values",
+    "count",
+    "describe",
+    "dtype_name",
+    "import_pandas",
+    "read",
+    "write",
+]
+
+FORMAT = "tracin.result"
+VERSION = 1
+
+
+def assign(result: object, **fields: object) -> None:
+    """Set fields of a frozen dataclass while it is being made."""
+    for name, value in fields.items():
+        object.__setattr__(result, name, value)
+
+
+def check_values(values: Any, ndim: int, name: str, shape: str) -> Tensor:
+    """Scores on the CPU, or a ``ResultError`` that calls them ``name``."""
+    if not isinstance(values, Tensor) or values.ndim != ndim:
+        found = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ResultError(f"{name} is {found}, not a tensor {shape}.")
+    if values.dtype not in {torch.float32, torch.float64}:
+        raise ResultError(
+            f"{name} is {dtype_name(values)}; scores are kept as float32 or float64: convert it first."
+        )
+    return values.detach().cpu()
+
+
+def check_ids(ids: Any, shape: tuple[int, ...], name: str, what: str) -> Tensor:
+    """Row ids as int64 on the CPU, or a ``ResultError`` that calls them ``name``."""
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        found = dtype_name(ids) if isinstance(ids, Tensor) else type(ids).__name__
+        raise ResultError(f"{name} is {found}, not a tensor of int64 row ids.")
+    if tuple(ids.shape) != shape:
+        raise ResultError(f"{name} is {list(ids.shape)}, not {list(shape)}: one id per {what}.")
+    return ids.detach().to("cpu", torch.int64)
+
+
+def check_provenance(provenance: Any) -> dict[str, Any]:
+    """An own copy of the provenance, as it will be read back."""
+    if not isinstance(provenance, Mapping):
+        raise ResultError(
+            f"provenance is a {type(provenance).__name__}, not a mapping of names to JSON values."
+        )
+    copy = {}
+    for name, value in provenance.items():
+        try:
+            copy[str(name)] = json.loads(json.dumps(value))
+        except (TypeError, ValueError) as cause:
+            message = f"provenance[{name!r}] is no JSON value ({cause}): give text, numbers or lists."
+            raise ResultError(message) from cause
+    return copy
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """``float32``, without ``torch.``."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def count(number: int, what: str) -> str:
+    """``1 query``, ``2 queries``."""
+    plural = "queries" if what == "query" else f"{what}s"
+    return f"{number} {what if number == 1 else plural}"
+
+
+def describe(result: Any, size: str, values: Tensor) -> str:
+    """The short form of a result, for its ``repr``."""
+    method = result.provenance.get("method")
+    parts = [size, dtype_name(values), *([str(method)] if method else [])]
+    return f"{type(result).__name__}({', '.join(parts)})"
+
+
+def write(path: str | Path, result: Any, tensors: dict[str, Tensor], **extra: Any) -> None:
+    """Save the tensors, and with them in the header the type, the provenance and ``extra``."""
+    header = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "type": type(result).__name__,
+        "provenance": json.dumps(result.provenance),
+        **{name: json.dumps(value) for name, value in extra.items()},
+    }
+    write_tensors(path, tensors, header, error=ResultError)
+
+
+def read(path: str | Path, cls: type, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors called ``names``, and what else the constructor takes."""
+    tensors, header = read_tensors(path, error=ResultError)
+    if header.get("format") != FORMAT:
+        raise ResultError(f"{path} is no saved result of tracin: give a file that {cls.__name__}.save wrote.")
+    if not header.get("version", "").isdecimal():
+        raise ResultError(f"{path} has no format version: it is damaged, save the result again.")
+    if int(header["version"]) > VERSION:
+        raise ResultError(
+            f"{path} is of format {header['version']}, and this tracin reads {VERSION}: upgrade it."
+        )
+    kind = header.get("type")
+    if kind != cls.__name__:
+        raise ResultError(f"{path} holds a {kind}, not a {cls.__name__}: read it with {kind}.load.")
+    if sorted(tensors) != sorted(names):
+        raise ResultError(
+            f"{path} holds the tensors {sorted(tensors)}, not {sorted(names)}: save the result again."
+        )
+    try:
+        fields = {name: json.loads(header[name]) for name in ("provenance", "notes") if name in header}
+    except ValueError as cause:
+        raise ResultError(f"{path} has a damaged header ({cause}): save the result again.") from cause
+    return tensors, fields
+
+
+def build(path: str | Path, cls: type, tensors: Mapping[str, Any], fields: Mapping[str, Any]) -> Any:
+    """Make the result that was read, or say which file is damaged."""
+    try:
+        return cls(**tensors, **fields)
+    except ResultError as cause:
+        raise ResultError(f"{path} is damaged: {cause} Save the result again.") from cause
+
+
+def import_pandas() -> Any:
+    """pandas, or the error that says how to get it."""
+    try:
+        return import_module("pandas")
+    except ImportError as cause:
+        raise MissingExtraError("to_pandas needs pandas: pip install 'tracin[eval]'") from cause

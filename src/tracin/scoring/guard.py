@@ -1,0 +1,199 @@
+"""The user's model while it is scored: eval mode, a checkpoint's weights, and everything back as it was.
+
+Each parameter and buffer points at a working copy inside the ``with`` block, so the user's own tensors are never
+written to. On the way out, also after an error or Ctrl-C, the tensors, attributes, modes, ``requires_grad``, hooks and
+random states are those of before.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from tracin.checkpoints import Checkpoint, fit
+from tracin.errors import ModelError, OptionError
+
+__all__ = ["LoadedModel", "device_of", "guarded"]
+
+_TABLES = (
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+class LoadedModel:
+    """The model on its device, ready to take one checkpoint after another."""
+
+    def __init__(self, model: nn.Module, device: torch.device, working: dict[str, Tensor]) -> None:
+        self.model, self.device, self._working = model, device, working
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Put a checkpoint's weights and buffers into the model.
+
+        Args:
+            checkpoint: One of the trajectory.
+
+        Raises:
+            CheckpointError: It does not fit the model.
+        """
+        with torch.no_grad():
+            for name, value in fit(checkpoint, self.model).items():
+                self._working[name].copy_(value)
+
+
+def device_of(model: nn.Module, device: str | torch.device) -> torch.device:
+    """The device to score on: ``"auto"`` is where the model lies, or the GPU if it lies on the CPU and there is one.
+
+    Args:
+        model: The user's model.
+        device: ``"auto"`` or a device.
+
+    Returns:
+        The device.
+
+    Raises:
+        OptionError: There is no such device.
+    """
+    if device != "auto":
+        try:
+            return torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError) as error:
+            raise OptionError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    here = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    if here.type == "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return here
+
+
+def refuse_mixing_layers(model: nn.Module) -> None:
+    """Refuse layers whose rows mix in eval mode, before anything is run.
+
+    Args:
+        model: The user's model.
+
+    Raises:
+        ModelError: Batch norm without running statistics, or an embedding whose gradient depends on the batch.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and (module.running_mean is None or module.running_var is None):
+            raise ModelError(
+                f"{name or 'the model'} is a {type(module).__name__} without running statistics: it mixes the rows of a batch "
+                "even in eval mode, so no row has a gradient of its own. Train with track_running_stats=True, or use GroupNorm."
+            )
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.scale_grad_by_freq:
+            raise ModelError(
+                f"{name or 'the model'} has scale_grad_by_freq=True: a row's gradient then depends on the other rows of the "
+                "batch. Set it to False."
+            )
+
+
+def _seeds() -> tuple[Any, ...]:
+    numpy = sys.modules.get("numpy")
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    return torch.get_rng_state(), random.getstate(), numpy.random.get_state() if numpy else None, cuda
+
+
+def _restore_seeds(states: tuple[Any, ...]) -> None:
+    cpu, python, numpy_state, cuda = states
+    torch.set_rng_state(cpu)
+    random.setstate(python)
+    if numpy_state is not None:
+        sys.modules["numpy"].random.set_state(numpy_state)
+    if cuda is not None:
+        torch.cuda.set_rng_state_all(cuda)
+
+
+class _Snapshot:
+    """What a module tree looked like: attributes, tables of parameters, buffers, children and hooks, and tensors."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = []
+        for module in model.modules():
+            tables = {name: dict(module.__dict__[name]) for name in _TABLES if name in module.__dict__}
+            self._modules.append((module, dict(module.__dict__), tables))
+        tensors = [*model.parameters(), *model.buffers()]
+        self._tensors = [(tensor, tensor.data, tensor.requires_grad, tensor.grad) for tensor in tensors]
+
+    def restore(self) -> None:
+        for module, attributes, tables in self._modules:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for name, table in tables.items():
+                module.__dict__[name].clear()
+                module.__dict__[name].update(table)
+        for tensor, data, requires_grad, grad in self._tensors:
+            tensor.data = data
+            if tensor.requires_grad != requires_grad:
+                tensor.requires_grad_(requires_grad)
+            tensor.grad = grad
+
+
+def _working_copies(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
+    """Point every parameter and buffer at a copy on the device; the copies by name, tied ones shared."""
+    copies: dict[int, Tensor] = {}
+    out = {}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in named:
+        key = id(tensor)
+        if key not in copies:
+            copies[key] = tensor.data.detach().to(device=device, copy=True)
+            tensor.data = copies[key]
+        out[name] = copies[key]
+    return out
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    """Run compiled modules without their compiled code, whose graphs do not see hooks."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
+def guarded(model: nn.Module, device: str | torch.device = "auto") -> Iterator[LoadedModel]:
+    """The model in eval mode on ``device``, given back bit-identical.
+
+    Args:
+        model: The user's model.
+        device: ``"auto"`` or a device.
+
+    Yields:
+        The model, to load checkpoints into.
+
+    Raises:
+        ModelError: A layer mixes rows in eval mode.
+    """
+    refuse_mixing_layers(model)
+    target = device_of(model, device)
+    snapshot, seeds = _Snapshot(model), _seeds()
+    cudnn = torch.backends.cudnn.enabled
+    try:
+        working = _working_copies(model, target)
+        model.eval()
+        # cuDNN's recurrent layers have no backward pass in eval mode.
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            torch.backends.cudnn.enabled = False
+        with _eager():
+            yield LoadedModel(model, target, working)
+    finally:
+        torch.backends.cudnn.enabled = cudnn
+        snapshot.restore()
+        _restore_seeds(seeds)

@@ -1,0 +1,231 @@
+"""One run of a verb: the guarded model, its data sources and wirings, and checkpoints loaded one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tracin.checkpoints import Trajectory
+from tracin.data import Batch, RowSource, open_rows, row_checksums, to_device
+from tracin.errors import DataError, NotFiniteError, OptionError
+from tracin.gradients.agreement import accumulation_dtype
+from tracin.gradients.blocks import Block, dot
+from tracin.gradients.check import checked_gradients
+from tracin.gradients.engine import BatchGradients, Keys, Source, name_not_finite
+from tracin.gradients.wiring import LossModule, wire
+from tracin.scoring.guard import LoadedModel, guarded
+from tracin.tasks import Selection, Task
+
+__all__ = ["WEIGHTINGS", "Run", "Settings", "opened", "parse_memory", "products"]
+
+WEIGHTINGS = ("learning_rate", "integrated", "uniform")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a method is run; see ``TracInCP`` for the meaning of each."""
+
+    weighting: str = "learning_rate"
+    normalize: bool = False
+    batch_size: int = 256
+    collate: Callable[[list], Any] | None = None
+    device: str | torch.device = "auto"
+    memory: int = 2 << 30
+    progress: bool = True
+
+
+def parse_memory(memory: str | int) -> int:
+    """Bytes of ``"2GiB"``, ``"500 MB"`` or a number of bytes.
+
+    Args:
+        memory: The amount.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        OptionError: It cannot be read, or is not positive.
+
+    Example:
+        >>> parse_memory("1.5GiB")
+        1610612736
+    """
+    units = {"": 1, "b": 1}
+    for power, letter in enumerate("kmgt", start=1):
+        units |= {f"{letter}ib": 1024**power, f"{letter}b": 1000**power, letter: 1024**power}
+    if isinstance(memory, int) and not isinstance(memory, bool) and memory > 0:
+        return memory
+    if isinstance(memory, str):
+        text = memory.strip().lower().replace(" ", "")
+        digits = text.rstrip("bikmgt")
+        try:
+            amount = float(digits) * units[text[len(digits) :]]
+        except (ValueError, KeyError):
+            amount = 0.0
+        if 0 < amount < float("inf"):
+            return int(amount)
+    raise OptionError(f"memory is {memory!r}: give bytes or a size such as '2GiB' or '500MB'.")
+
+
+@dataclass
+class Run:
+    """The state of one run. Gradients come from ``gradients``; what is summed is up to the verb."""
+
+    task: Task
+    trajectory: Trajectory
+    settings: Settings
+    loaded: LoadedModel
+    selection: Selection
+    train: Source
+    queries: Source | None
+    keys: Keys = field(default_factory=lambda: Keys(frozenset()))
+    rates: dict[str, float] = field(default_factory=dict)
+    where: str = ""
+    _checksums: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    _checked: set[str] = field(default_factory=set)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the scores: the parameters', at least float32."""
+        return accumulation_dtype(next(iter(self.selection.traced.values())).dtype)
+
+    def sources(self) -> list[Source]:
+        """Train, and queries where there are any."""
+        return [self.train] if self.queries is None else [self.train, self.queries]
+
+    def load(self, index: int) -> None:
+        """Go to a checkpoint: weights, rates, and, the first time, the wiring."""
+        checkpoint = self.trajectory[index]
+        self.rates = checkpoint.rates(self.settings.weighting, list(self.selection.traced))
+        if self.settings.normalize and len(set(self.rates.values())) > 1:
+            raise OptionError(
+                f"normalize=True needs one learning rate per checkpoint; {checkpoint.name} has several. Use "
+                "weighting='uniform', or normalize=False."
+            )
+        self.loaded.load(checkpoint)
+        self.where = checkpoint.name
+        for source in self.sources():
+            source.where = f"{source.rows.name}, {checkpoint.name}"
+        if any(source.wiring is None for source in self.sources()):
+            for source in self.sources():
+                self._wire(source)
+            self.keys = Keys.of(*(s.wiring for s in self.sources() if s.wiring is not None))
+
+    def _wire(self, source: Source) -> None:
+        rows = list(range(min(3, source.rows.sizes[0])))
+        source.wiring = wire(
+            source.root,
+            self.selection.traced,
+            source.run,
+            source.take,
+            rows,
+        )
+
+    def batches(self, source: Source) -> Iterator[tuple[Batch, Any]]:
+        """A pass over a source: each batch, and its value on the device. Data that changes between passes is refused."""
+        for batch in source.rows.batches():
+            self.check_unchanged(source, batch)
+            yield batch, to_device(batch.value, self.loaded.device)
+
+    def check_unchanged(self, source: Source, batch: Batch) -> None:
+        """Compare a batch's checksums with those of the pass before."""
+        found = row_checksums(batch)
+        key = (source.rows.name, batch.start)
+        seen = self._checksums.get(key)
+        if found is None:
+            return
+        if seen is None:
+            self._checksums[key] = found
+        elif not torch.equal(found, seen):
+            changed = found != seen if found.shape == seen.shape else torch.ones(1, dtype=torch.bool)
+            row = batch.start + int(changed.nonzero()[0])
+            raise DataError(
+                f"{source.rows.name}: row {row} changed between two passes over the data. Turn off augmentation, shuffling "
+                "and other randomness in the dataset for tracing."
+            )
+
+    def gradients(self, source: Source, batch: Batch, value: Any) -> BatchGradients:
+        """A batch's per-example gradients; the first batch of each source is checked against autograd."""
+        first = source.rows.name not in self._checked
+        self._checked.add(source.rows.name)
+        return checked_gradients(source, self.keys, batch, value, self.selection.traced, first)
+
+    def rates_of(self, names: tuple[str, ...]) -> tuple[float, ...]:
+        """The weights w_c of a block's parameters at this checkpoint."""
+        return tuple(self.rates[name] for name in names)
+
+
+def products(
+    train: Mapping[tuple[str, ...], Block], queries: Mapping[tuple[str, ...], Block], n: int, m: int, like: Tensor
+) -> Tensor:
+    """Σ over parameters of the inner products of two batches of gradients, [n, m].
+
+    Args:
+        train: Blocks of n train rows.
+        queries: Blocks of m queries.
+        n: Train rows.
+        m: Queries.
+        like: A tensor on the device, of the scores' dtype.
+
+    Returns:
+        The products.
+    """
+    total = like.new_zeros(n, m)
+    for names, block in train.items():
+        if names in queries:
+            total += dot(block, queries[names])
+    return total
+
+
+def refuse_products(values: Tensor, found: BatchGradients, batch: Batch, where: str) -> None:
+    """Name the row and parameter behind a product that is not finite.
+
+    Args:
+        values: Products [n, ...].
+        found: The batch's gradients.
+        batch: Its rows.
+        where: The checkpoint.
+
+    Raises:
+        NotFiniteError: A product is NaN or infinite.
+    """
+    if bool(torch.isfinite(values).all()):
+        return
+    name_not_finite(found.blocks, batch, where)
+    row = batch.rows[int((~torch.isfinite(values)).reshape(batch.size, -1).any(1).nonzero()[0])]
+    raise NotFiniteError(f"the products of row {row}'s gradient overflow {values.dtype} ({where}). Use a float64 model.")
+
+
+@contextmanager
+def opened(task: Task, trajectory: Trajectory, settings: Settings, train: Any, queries: Any | None = None) -> Iterator[Run]:
+    """Open the data, guard the model, and hand out the run.
+
+    Args:
+        task: Model and losses.
+        trajectory: The checkpoints.
+        settings: How to run.
+        train: Train rows.
+        queries: Query rows, for verbs that have them.
+
+    Yields:
+        The run, before any checkpoint is loaded.
+    """
+    for checkpoint in trajectory:
+        checkpoint.rates(settings.weighting, [name for name, p in task.model.named_parameters() if p.requires_grad])
+    opening = {"batch_size": settings.batch_size, "collate": settings.collate}
+    sides: list[tuple[RowSource, Any]] = [(open_rows(train, name="train", **opening), task.loss)]
+    if queries is not None:
+        sides.append((open_rows(queries, name="queries", **opening), task.query_loss or task.loss))
+    selection = task.select()
+    with guarded(task.model, settings.device) as loaded:
+        sources = [
+            Source(LossModule(task.model, loss), loss, rows, loaded.device) for rows, loss in sides
+        ]
+        for source in sources:
+            source.root.eval()
+        yield Run(task, trajectory, settings, loaded, selection, sources[0], sources[1] if queries is not None else None)

@@ -1,0 +1,164 @@
+"""The k strongest proponents and opponents of every query without the matrix of all scores.
+
+Train rows are the outer loop, in tiles; for each tile the scores of all checkpoints are summed, then merged into the
+lists. So the lists are exact over the sum, and memory holds the queries' gradients at all checkpoints, one tile of
+scores and the lists: nothing grows with the number of train rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tracin.data import Batch, to_device
+from tracin.errors import OptionError
+from tracin.progress import progress
+from tracin.scoring.passes import HeldQueries, hold_queries, score_batch
+from tracin.scoring.run import Run
+
+__all__ = ["Lists", "check_k", "merge", "top_k"]
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Values and ids of the k largest so far, best first, [q, k]."""
+
+    values: Tensor
+    ids: Tensor
+
+
+def check_k(k: int, n: int) -> None:
+    """Refuse a k outside 1..n.
+
+    Args:
+        k: List length.
+        n: Train rows.
+
+    Raises:
+        OptionError: With the range.
+    """
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= n:
+        raise OptionError(f"k is {k!r}: give a whole number from 1 to the number of train rows, {n}.")
+
+
+def merge(lists: Lists | None, values: Tensor, ids: Tensor, k: int) -> Lists:
+    """Merge a tile into the k largest; among equal values the lower id stays.
+
+    Args:
+        lists: The lists so far, of lower ids than the tile's; None at the start.
+        values: The tile's values [q, tile].
+        ids: The tile's ids [tile], increasing.
+        k: List length.
+
+    Returns:
+        The k largest of both, by descending value and, among equals, ascending id.
+
+    Example:
+        >>> merge(None, torch.tensor([[1.0, 3.0, 3.0]]), torch.tensor([0, 1, 2]), 2).ids
+        tensor([[1, 2]])
+    """
+    best, at = _largest(values, min(k, values.shape[1]))
+    found = ids[at]
+    if lists is not None:
+        best, found = torch.cat([lists.values, best], 1), torch.cat([lists.ids, found], 1)
+    order = torch.sort(best, dim=1, descending=True, stable=True).indices[:, :k]
+    return Lists(best.gather(1, order), found.gather(1, order))
+
+
+def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row with their positions; equal values by position."""
+    best, at = torch.topk(values, k, dim=1)
+    ties = (values >= best[:, -1:]).sum(1) > k
+    if bool(ties.any()):
+        order = torch.sort(values[ties], dim=1, descending=True, stable=True).indices[:, :k]
+        at[ties], best[ties] = order, values[ties].gather(1, order)
+    at, order = at.sort(1)
+    best = best.gather(1, order)
+    order = torch.sort(best, dim=1, descending=True, stable=True).indices
+    return best.gather(1, order), at.gather(1, order)
+
+
+def _train_tiles(run: Run, rows: int) -> Iterator[list[Batch]]:
+    """Consecutive batches of about ``rows`` rows, kept on the CPU so that every checkpoint can read them."""
+    tile: list[Batch] = []
+    for batch in run.train.rows.batches():
+        tile.append(batch)
+        if sum(b.size for b in tile) >= rows:
+            yield tile
+            tile = []
+    if tile:
+        yield tile
+
+
+def _resident(run: Run, budget: int) -> Iterator[list[HeldQueries]]:
+    """Tiles of queries with their gradients at every checkpoint."""
+    per_checkpoint = budget // len(run.trajectory)
+    starts: list[tuple[int, int]] | None = None
+    tiles: list[list[HeldQueries]] = []
+    with progress("queries", 0, show=False) as bar:
+        for index in range(len(run.trajectory)):
+            run.load(index)
+            found = list(hold_queries(run, per_checkpoint, bar))
+            shape = [(tile.start, tile.size) for tile in found]
+            if starts is None:
+                starts, tiles = shape, [[] for _ in found]
+            for at, tile in enumerate(found):
+                tiles[at].append(tile)
+    yield from tiles
+
+
+def top_k(run: Run, k: int, allowed: Tensor | None = None) -> tuple[Lists, Lists]:
+    """Proponents (largest) and opponents (smallest) of every query.
+
+    Args:
+        run: A run with queries.
+        k: List length.
+        allowed: Which train rows may stand in a query's lists, bool [q, n]; all unless given.
+
+    Returns:
+        Proponents and opponents, signs kept.
+
+    Raises:
+        OptionError: k is out of range.
+    """
+    if run.queries is None:
+        raise RuntimeError("top_k needs queries")
+    n = len(run.train.rows)
+    check_k(k, n)
+    done: list[tuple[Lists, Lists]] = []
+    for resident in _resident(run, run.settings.memory // 2):
+        done.append(_scan(run, resident, k, allowed))
+    return tuple(Lists(torch.cat([d[s].values for d in done]), torch.cat([d[s].ids for d in done])) for s in (0, 1))  # type: ignore[return-value]
+
+
+def _scan(run: Run, resident: list[HeldQueries], k: int, allowed: Tensor | None) -> tuple[Lists, Lists]:
+    m, start = resident[0].size, resident[0].start
+    n = len(run.train.rows)
+    rows = max(run.train.rows.sizes[0], min(n, run.settings.memory // 16 // (m * 8)))
+    high: Lists | None = None
+    low: Lists | None = None
+    with progress("top-k", n * len(resident), show=run.settings.progress) as bar:
+        for tile in _train_tiles(run, rows):
+            first, size = tile[0].start, sum(batch.size for batch in tile)
+            values = torch.zeros(m, size, dtype=run.dtype)
+            for index, queries in enumerate(resident):
+                run.load(index)
+                for batch in tile:
+                    run.check_unchanged(run.train, batch)
+                    part = score_batch(run, batch, to_device(batch.value, run.loaded.device), queries)
+                    values[:, batch.start - first : batch.start - first + batch.size] += part.mT.cpu()
+                    bar.advance(batch.size)
+            ids = torch.arange(first, first + size)
+            if allowed is None:
+                high, low = merge(high, values, ids, k), merge(low, -values, ids, k)
+            else:
+                out = ~allowed[start : start + m, first : first + size]
+                high = merge(high, values.masked_fill(out, -torch.inf), ids, k)
+                low = merge(low, (-values).masked_fill(out, -torch.inf), ids, k)
+    if high is None or low is None:
+        raise RuntimeError("no train rows were read")
+    return high, Lists(-low.values, low.ids)

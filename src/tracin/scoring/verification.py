@@ -1,0 +1,91 @@
+"""Exactness on the user's own model: random rows of every checkpoint against autograd, one example at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tracin.data import Batch, to_device
+from tracin.errors import RateError
+from tracin.gradients.agreement import tolerance
+from tracin.gradients.check import gradient_errors, refuse_mixing
+from tracin.gradients.engine import batch_gradients
+from tracin.progress import progress
+from tracin.scoring.coverage import Coverage, coverage_of
+from tracin.scoring.run import Run
+
+__all__ = ["Verification", "verify"]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What ``verify`` found.
+
+    Attributes:
+        max_relative_error: The largest ‖Δ‖ / ‖reference‖ over parameters, rows and checkpoints.
+        errors: The largest error of each traced parameter.
+        tolerance: What counts as exact for the model's dtype.
+        rows: Positions of the rows compared.
+        checkpoints: Number of checkpoints.
+        coverage: Which parameters were traced, by which route.
+    """
+
+    max_relative_error: float
+    errors: dict[str, float]
+    tolerance: float
+    rows: tuple[int, ...]
+    checkpoints: int
+    coverage: Coverage
+
+    @property
+    def exact(self) -> bool:
+        """Whether every parameter agrees within the tolerance."""
+        return self.max_relative_error <= self.tolerance
+
+    def __str__(self) -> str:
+        verdict = "exact" if self.exact else "NOT exact"
+        return (
+            f"{verdict}: largest relative error {self.max_relative_error:.1e} against autograd "
+            f"({len(self.rows)} rows × {self.checkpoints} checkpoints; up to {self.tolerance:.0e} counts as exact). "
+            f"{self.coverage}"
+        )
+
+
+def verify(run: Run, rows: int = 8, seed: int = 0) -> Verification:
+    """Compare per-example gradients with autograd on random rows at every checkpoint.
+
+    Args:
+        run: A run over the train rows.
+        rows: Rows to compare (all, if there are fewer).
+        seed: Which rows.
+
+    Returns:
+        The verification.
+    """
+    n = len(run.train.rows)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    chosen = sorted(order[: max(rows, 1)].tolist())
+    worst: dict[str, float] = dict.fromkeys(run.selection.traced, 0.0)
+    dtype = torch.float32
+    with progress("verify", len(run.trajectory) * len(chosen), show=run.settings.progress) as bar:
+        for index in range(len(run.trajectory)):
+            run.load(index)
+            batch = Batch(chosen, run.train.rows.take(chosen))
+            value = to_device(batch.value, run.loaded.device)
+            found = batch_gradients(run.train, run.keys, batch, value, run.selection.traced, keep_graph=True)
+            dtype = found.losses.dtype
+            refuse_mixing(run.train, batch, found.losses)
+            errors, _ = gradient_errors(found, run.selection.traced, list(range(len(chosen))))
+            worst = {name: max(worst[name], error) for name, error in errors.items()}
+            bar.advance(len(chosen))
+    if run.train.wiring is None:
+        raise RateError("the trajectory has no checkpoint to verify")
+    return Verification(
+        max_relative_error=max(worst.values(), default=0.0),
+        errors=worst,
+        tolerance=tolerance(dtype),
+        rows=tuple(chosen),
+        checkpoints=len(run.trajectory),
+        coverage=coverage_of(run.selection, run.train.wiring, run.train.irregular),
+    )

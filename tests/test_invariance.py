@@ -1,0 +1,287 @@
+"""What must not change the scores (kind of data, order, batches, the caller) and what must (weightings, rates)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import oracle
+import tracin
+from cases import BY_NAME, Case
+from judged import PLAIN, M, N, Run, truth
+from tracin.errors import ModelError
+
+_SOME = [
+    "mlp_relu",
+    "conv2d_chain",
+    "lstm_time_first_bidirectional_t3",
+    "tied_embeddings",
+    "bare_parameters",
+    "rows_sorted",
+]
+some = pytest.mark.parametrize("case", [BY_NAME[name] for name in _SOME], ids=str)
+
+
+@some
+@pytest.mark.parametrize("weighting", ["uniform", "integrated"])
+def test_weightings(case: Case, weighting: str) -> None:
+    run = Run(case)
+    task = tracin.Task(run.model, case.loss)
+    sums = [0.9, 0.4]
+    trajectory = tracin.Trajectory(
+        [
+            tracin.Checkpoint(state, learning_rate_sum=rate)
+            for state, rate in zip(case.states(), sums, strict=True)
+        ]
+    )
+    method = tracin.TracInCP(
+        task, trajectory, weighting=weighting, batch_size=3, device="cpu", progress=False
+    )
+    found = method.influence(run.train, run.queries)
+    sides = [
+        oracle.trajectory_gradients(case.model(), case.loss, rows, case.states())
+        for rows in (run.train, run.queries)
+    ]
+    oracle.assert_close(
+        found.values, oracle.scores(*sides, sums if weighting == "integrated" else [1.0, 1.0]), 1e-10
+    )
+
+
+@some
+def test_a_rate_of_zero_takes_its_checkpoint_out(case: Case) -> None:
+    run = Run(case)
+    both = run.ask("influence", run.train, run.queries, rates=[0.3, 0.0], batch_size=3)
+    task = tracin.Task(run.model, case.loss)
+    one = tracin.Trajectory([tracin.Checkpoint(case.states()[0], learning_rate=0.3)])
+    alone = tracin.TracInCP(task, one, batch_size=3, device="cpu", progress=False).influence(
+        run.train, run.queries
+    )
+    oracle.assert_close(both.values, alone.values, 1e-14)
+
+
+def batches(rows: Any, kind: str) -> Any:
+    """The same rows as another kind of data."""
+    if kind == "tensors":
+        return rows
+    dataset = TensorDataset(*rows)
+    return dataset if kind == "dataset" else DataLoader(dataset, batch_size=2)
+
+
+@some
+@pytest.mark.parametrize("kind", ["dataset", "loader"])
+def test_every_kind_of_data_says_the_same(case: Case, kind: str) -> None:
+    run = Run(case)
+    expected = truth(case.name).scores
+    found = run.ask("influence", batches(run.train, kind), batches(run.queries, kind), batch_size=3)
+    oracle.assert_close(found.values, expected, 1e-10)
+    mixed = run.ask("influence", batches(run.train, kind), run.queries, batch_size=3)
+    oracle.assert_close(mixed.values, expected, 1e-10)
+
+
+@some
+def test_row_order_only_moves_the_scores(case: Case) -> None:
+    run = Run(case)
+    order = torch.tensor([4, 0, 6, 2, 5, 1, 3])
+    moved = tuple(tensor[order] for tensor in run.train)
+    found = run.ask("influence", moved, run.queries, batch_size=3)
+    oracle.assert_close(found.values, truth(case.name).scores[:, order], 1e-10)
+
+
+@some
+def test_same_numbers_twice(case: Case) -> None:
+    run = Run(case)
+    method = run.method(batch_size=3)
+    first, second = (method.influence(run.train, run.queries).values for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@some
+def test_top_k_in_full_is_the_influence_sorted(case: Case) -> None:
+    run = Run(case)
+    found = run.ask("top_k", run.train, run.queries, k=N, batch_size=3)
+    expected = truth(case.name).scores
+    assert torch.equal(found.proponents.ids, found.opponents.ids.flip(1))
+    assert torch.equal(found.proponents.ids, expected.argsort(dim=1, descending=True))
+
+
+def test_ties_go_to_the_lower_id() -> None:
+    """Small whole numbers, so that equal scores are equal to the last bit however they are summed."""
+    model = nn.Linear(2, 1, bias=False).double()
+    task = tracin.Task(model, lambda model, batch: model(batch[0]).squeeze(1))
+    state = {"weight": torch.ones(1, 2, dtype=torch.float64)}
+    trajectory = tracin.Trajectory([tracin.Checkpoint(state, learning_rate=rate) for rate in (0.5, 0.25)])
+    method = tracin.TracInCP(task, trajectory, batch_size=2, device="cpu", progress=False)
+    train = (torch.tensor([[1, 0], [2, 0], [1, 5], [2, 7], [0, 1], [1, 1], [2, 2]]).double(),)
+    found = method.top_k(train, (torch.tensor([[4.0, 0.0]]).double(),), k=4)
+    assert found.proponents.ids.tolist() == [[1, 3, 6, 0]]
+    assert found.proponents.values.tolist() == [[6.0, 6.0, 6.0, 3.0]]
+    assert found.opponents.ids.tolist() == [[4, 0, 2, 5]]
+    assert found.opponents.values.tolist() == [[0.0, 3.0, 3.0, 3.0]]
+
+
+def test_queries_that_are_train_rows_give_self_influence() -> None:
+    run = Run(BY_NAME["conv2d_chain"])
+    scores = run.ask("influence", run.train, run.train, batch_size=3).values
+    oracle.assert_close(scores.diagonal(), truth("conv2d_chain").own, 1e-10)
+
+
+def test_a_zero_gradient_has_no_direction() -> None:
+    """With a weight of 0 a row's gradient is 0: its normalized score is 0, not NaN."""
+    run = Run(BY_NAME["weighted_rows"])
+    run.train[2][4], run.queries[2][1] = 0.0, 0.0
+    found = run.ask("influence", run.train, run.queries, rates=PLAIN, normalize=True, batch_size=3).values
+    assert torch.isfinite(found).all()
+    assert (found[:, 4] == 0).all()
+    assert (found[1] == 0).all()
+    assert (found != 0).sum() == (M - 1) * (N - 1)
+
+
+def test_bfloat16_accumulates_in_float32() -> None:
+    case = BY_NAME["mlp_relu"]
+    run = Run(case, torch.bfloat16)
+    found = run.ask("influence", run.train, run.queries, batch_size=16)
+    assert found.values.dtype == torch.float32
+    oracle.assert_close(found.values, truth(case.name, torch.bfloat16).scores, 2e-2)
+
+
+def test_rows_sorted_only_later() -> None:
+    """A model that happens to keep the row order on the first batch, and not on the second."""
+    case = BY_NAME["rows_sorted"]
+    run = Run(case)
+    x = run.train[0]
+    x[:3] = x[:3][x[:3, 0].argsort()]
+    x[3:6] = x[3:6][x[3:6, 0].argsort(descending=True)]
+    run.queries[0][:] = run.queries[0][run.queries[0][:, 0].argsort()]
+    sides = [
+        oracle.trajectory_gradients(case.model(), case.loss, rows, case.states())
+        for rows in (run.train, run.queries)
+    ]
+    try:
+        found = run.ask("influence", run.train, run.queries, batch_size=3)
+    except ModelError:
+        return
+    oracle.assert_close(found.values, oracle.scores(*sides, case.rates()), 1e-10)
+
+
+def test_experts_that_share_rows_only_later() -> None:
+    """On the first batch one expert takes every row; on the second the rows are dealt out."""
+    case = BY_NAME["experts"]
+    run = Run(case)
+    model = case.model()
+    model.load_state_dict(case.states()[0])
+    pool = case.rows(200, seed=5)[0]
+    first = model.c(pool).argmax(-1) == 0
+    x = torch.cat([pool[first][:3], pool[~first][:1], pool[first][3:5], pool[~first][1:2]])
+    sides = [
+        oracle.trajectory_gradients(case.model(), case.loss, rows, case.states())
+        for rows in ((x,), run.queries)
+    ]
+    found = run.ask("influence", (x,), run.queries, batch_size=3)
+    oracle.assert_close(found.values, oracle.scores(*sides, case.rates()), 1e-10)
+
+
+def test_control_flow_that_turns_only_later() -> None:
+    """A layer that no row of the first batch uses, and some row of a later one does."""
+    case = BY_NAME["control_flow"]
+    run = Run(case)
+    model = case.model()
+    model.load_state_dict(case.states()[0])
+    pool = case.rows(200, seed=5)[0]
+    quiet = (model.a(pool).tanh().sum(1) <= 0) & ((pool[:, 0].abs() * 2).int() % 3 == 0)
+    x = torch.cat([pool[quiet][:3], pool[~quiet][:4]])
+    sides = [
+        oracle.trajectory_gradients(case.model(), case.loss, rows, case.states())
+        for rows in ((x,), run.queries)
+    ]
+    found = run.ask("influence", (x,), run.queries, batch_size=3)
+    oracle.assert_close(found.values, oracle.scores(*sides, case.rates()), 1e-10)
+
+
+class Padded(nn.Module):
+    """Reads sequences padded to the longest of the batch; what is padded has no say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place, self.layer, self.out = nn.Embedding(9, 3), nn.GRU(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        steps = torch.arange(x.shape[1])
+        out = self.out(self.layer((x + self.place(steps)).transpose(0, 1))[0]).transpose(0, 1)
+        return (out * (steps < lengths[:, None])[:, :, None]).sum(1)
+
+
+def pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows])
+
+
+class Sequences(Dataset):
+    """Rows of unequal length."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.rows = [torch.randn(length, 3, generator=generator, dtype=torch.float64) for length in lengths]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.rows[index]
+
+
+def test_batches_padded_to_different_lengths() -> None:
+    """The number of steps changes from batch to batch, and is now and then the number of rows."""
+    case = Case("padded", Padded, [])
+    train, queries = Sequences([3, 2, 3, 5, 1, 2, 1]), Sequences([2, 1, 4, 3])
+    sides = [
+        [
+            {name: torch.cat([row[index][name] for row in per_row]) for name in case.names()}
+            for index in range(2)
+        ]
+        for per_row in (
+            [
+                oracle.trajectory_gradients(case.model(), case.loss, pad([row]), case.states())
+                for row in data.rows
+            ]
+            for data in (train, queries)
+        )
+    ]
+    model = case.model()
+    trajectory = tracin.Trajectory(
+        [
+            tracin.Checkpoint(state, learning_rate=rate)
+            for state, rate in zip(case.states(), case.rates(), strict=True)
+        ]
+    )
+    method = tracin.TracInCP(tracin.Task(model, case.loss), trajectory, device="cpu", progress=False)
+    for batch_size in (1, 2, 3):
+        loaders = [DataLoader(data, batch_size=batch_size, collate_fn=pad) for data in (train, queries)]
+        with oracle.untouched(model):
+            found = method.influence(*loaders)
+        oracle.assert_close(found.values, oracle.scores(*sides, case.rates()), 1e-10)
+
+
+@some
+def test_under_the_callers_no_grad(case: Case) -> None:
+    run = Run(case)
+    with torch.no_grad():
+        found = run.ask("influence", run.train, run.queries, batch_size=3)
+    oracle.assert_close(found.values, truth(case.name).scores, 1e-10)
+
+
+@some
+def test_what_training_left_behind_stays(case: Case) -> None:
+    """Accumulated gradients, hooks of the user on modules and tensors."""
+    run = Run(case)
+    for parameter in run.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+        parameter.register_hook(lambda grad: grad)
+        parameter.register_post_accumulate_grad_hook(lambda parameter: None)
+    for module in run.model.modules():
+        module.register_forward_hook(lambda *_: None)
+        module.register_full_backward_hook(lambda *_: None)
+    found = run.ask("influence", run.train, run.queries, batch_size=3)
+    oracle.assert_close(found.values, truth(case.name).scores, 1e-10)
