@@ -6,7 +6,6 @@ product at a time in float64. Slow and obviously correct. Nothing here comes fro
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -174,7 +173,10 @@ def _bits(tensor: Tensor) -> bytes:
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
-    """Everything that must be bit-identical after a run: tensors, modes, hooks, attributes, RNGs, global modes."""
+    """Everything that must be bit-identical after a run: tensors, modes, hooks, attributes, RNGs, global modes.
+
+    Python's own ``random`` is left out: beartype, which the tests switch on, draws from it.
+    """
     seen: dict[str, Any] = {}
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, tensor in named:
@@ -193,7 +195,6 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
     seen["torch RNG"] = torch.get_rng_state().numpy().tobytes()
     kind, keys, *rest = numpy.random.get_state()  # noqa: NPY002 (the global generator is what is watched)
     seen["numpy RNG"] = (kind, keys.tobytes(), *rest)
-    seen["python RNG"] = random.getstate()
     seen["grad mode"] = torch.is_grad_enabled()
     seen["default dtype"] = torch.get_default_dtype()
     seen["global module hooks"] = [

@@ -9,6 +9,7 @@ import oracle
 from cases import CASES, Case
 from judged import PLAIN, M, N, Run, truth
 
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections")  # torch takes its slower kernel
 cases = pytest.mark.parametrize("case", CASES, ids=str)
 
 

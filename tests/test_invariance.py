@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -282,6 +284,25 @@ def test_what_training_left_behind_stays(case: Case) -> None:
         parameter.register_post_accumulate_grad_hook(lambda parameter: None)
     for module in run.model.modules():
         module.register_forward_hook(lambda *_: None)
-        module.register_full_backward_hook(lambda *_: None)
     found = run.ask("influence", run.train, run.queries, batch_size=3)
     oracle.assert_close(found.values, truth(case.name).scores, 1e-10)
+
+
+ALONE = """
+import random, torch, tracin
+model = torch.nn.Linear(2, 2)
+task = tracin.Task(model, tracin.losses.cross_entropy)
+trajectory = tracin.Trajectory([tracin.Checkpoint(model.state_dict(), learning_rate=0.1)])
+rows = torch.zeros(5, 2), torch.zeros(5, dtype=torch.int64)
+random.seed(1)
+before = random.getstate()
+method = tracin.TracInCP(task, trajectory, batch_size=2, device="cpu", progress=False)
+method.influence(rows, rows), method.top_k(rows, rows, k=2), method.self_influence(rows), method.verify(rows)
+assert random.getstate() == before, "drawn from"
+"""
+
+
+def test_pythons_random_state_stays() -> None:
+    """In a process of its own: beartype, which the tests switch on, draws from it."""
+    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -262,12 +262,21 @@ def open_rows(data: Any, *, name: str, batch_size: int, collate: Callable[[list]
     return rows
 
 
-def to_device(value: Any, device: torch.device) -> Any:
-    """The batch with its tensors on ``device``; anything else that has ``.to`` is asked to move itself."""
+def to_device(value: Any, device: torch.device, *, copy: bool = False) -> Any:
+    """The batch with its tensors on ``device``; anything else that has ``.to`` is asked to move itself.
+
+    Args:
+        value: A batch.
+        device: Where its tensors go.
+        copy: Copy tensors that are there already, because the batch is used again and a model may write into it.
+
+    Returns:
+        The batch.
+    """
 
     def move(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
-            return leaf.to(device, non_blocking=True)
+            return leaf.to(device, non_blocking=True, copy=copy)
         mover = getattr(leaf, "to", None)
         return mover(device) if callable(mover) else leaf
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 from torch import Tensor
 
@@ -51,10 +51,10 @@ class Checkpoint:
         {'weight': 0.1}
     """
 
-    state: Mapping[str, Tensor] | str | Path
-    learning_rate: float | Mapping[str, float] | None = None
+    state: Mapping[str, Any] | str | Path
+    learning_rate: SupportsFloat | Mapping[str, SupportsFloat] | None = None
     step: int | None = None
-    learning_rate_sum: float | Mapping[str, float] | None = None
+    learning_rate_sum: SupportsFloat | Mapping[str, SupportsFloat] | None = None
     optimizer: str | None = None
     key: str | None = None
 
@@ -151,7 +151,7 @@ class Checkpoint:
         if rate is None:
             raise RateError(
                 f"{self.name} has no {field}, which weighting={weighting!r} reads. Give Checkpoint(…, {field}=…), "
-                "leave this checkpoint out (one recorded before the first step has none), or use weighting='uniform'."
+                "leave it out (trajectory[1:] where it was recorded before the first step), or use weighting='uniform'."
             )
         found = _rate_of_each(rate, names)
         return {name: self._checked(found[name], name, weighting) for name in names}

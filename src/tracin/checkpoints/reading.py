@@ -19,8 +19,8 @@ from tracin.errors import CheckpointError
 from tracin.files import read_tensors, require_file
 
 __all__ = [
-    "ALIASES",
     "EXTRA_STATE",
+    "HEADER",
     "Snapshot",
     "find_state",
     "log",
@@ -33,7 +33,7 @@ __all__ = [
 
 log = logging.getLogger("tracin")
 
-ALIASES = "tracin.aliases"  # the key in the header of a safetensors file
+HEADER = "tracin"  # the key in the header of a safetensors file, where the recorder puts ties and a digest
 EXTRA_STATE = "_extra_state"  # torch's name for what is no tensor
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 
@@ -57,7 +57,7 @@ def read_state(path: Path, key: str | None = None) -> tuple[dict[str, Tensor], t
         raise CheckpointError(f"{path}: a safetensors file holds one flat state; leave key={key!r} out.")
     tensors, header = read_tensors(path, error=CheckpointError)
     try:
-        aliases = json.loads(header.get(ALIASES, "{}"))
+        aliases = json.loads(header.get(HEADER, "{}")).get("aliases", {})
         tensors |= {alias: tensors[name] for alias, name in aliases.items()}
     except (ValueError, AttributeError, KeyError) as cause:
         raise CheckpointError(f"{path} names tied tensors that it does not hold: save it again.") from cause
@@ -107,7 +107,7 @@ def require_tensor(name: str, value: Any, where: str) -> None:
         raise CheckpointError(f"{where}: {name!r} is {what}: give dense tensors.")
 
 
-class Snapshot(dict[str, Tensor]):
+class Snapshot(dict[str, Any]):
     """A copy of a state that nobody else writes to."""
 
     __slots__ = ()
@@ -130,11 +130,13 @@ def snapshot(state: Mapping[str, Tensor], where: str) -> Snapshot:
     copies: dict[tuple[Any, ...], Tensor] = {}
     result = Snapshot()
     for name, value in state.items():
-        if not name.endswith(EXTRA_STATE):
-            place = storage_place(value)
-            if place not in copies:
-                copies[place] = value.detach().to("cpu", copy=True)
-            result[name] = copies[place]
+        if name.endswith(EXTRA_STATE):
+            result[name] = value
+            continue
+        place = storage_place(value)
+        if place not in copies:
+            copies[place] = value.detach().to("cpu", copy=True)
+        result[name] = copies[place]
     return result
 
 
@@ -170,21 +172,26 @@ def find_state(content: Any, key: str | None, where: str) -> Mapping[str, Tensor
         raise CheckpointError(
             f"{where} holds a {type(content).__name__}, not named tensors: save model.state_dict() instead."
         )
-    if _is_state(content):
+    if not _odd(content):
         return content
     found = [name for name in WRAPPERS if isinstance(content.get(name), Mapping)]
     if len(found) == 1:
         return find_state(content[found[0]], None, f"{where}[{found[0]!r}]")
-    keys = ", ".join(repr(name) for name in list(content)[:10]) or "nothing"
-    what = "no state of a model" if not found else f"{len(found)} states"
+    what = f"{len(found)} states" if found else "no state of a model"
+    odd = next((f"; its {name!r} is a {type(value).__name__}" for name, value in _odd(content)), "")
     raise CheckpointError(
-        f"{where} holds {what} (it has {keys}): say which with key=…, or save model.state_dict()."
+        f"{where} holds {what} (it has {_keys(content)}{odd}): say which with key=…, or save model.state_dict()."
     )
 
 
-def _is_state(content: Mapping[Any, Any]) -> bool:
-    kept = [value for name, value in content.items() if not str(name).endswith(EXTRA_STATE)]
-    return all(isinstance(value, Tensor) for value in kept)
+def _odd(content: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
+    """What is neither a tensor nor torch's extra state."""
+    entries = content.items()
+    return [(k, v) for k, v in entries if not (isinstance(v, Tensor) or str(k).endswith(EXTRA_STATE))]
+
+
+def _keys(content: Any) -> str:
+    return ", ".join(repr(name) for name in list(content)[:10]) if isinstance(content, Mapping) else "no keys"
 
 
 def _descend(content: Any, key: str, where: str) -> Any:
@@ -192,12 +199,7 @@ def _descend(content: Any, key: str, where: str) -> Any:
         return content[key]
     for part in key.split("."):
         if not isinstance(content, Mapping) or part not in content:
-            keys = (
-                ", ".join(repr(name) for name in list(content)[:10])
-                if isinstance(content, Mapping)
-                else "no keys"
-            )
-            raise CheckpointError(f"{where} has no {key!r}: at {part!r} it has {keys}.")
+            raise CheckpointError(f"{where} has no {key!r}: at {part!r} it has {_keys(content)}.")
         content = content[part]
     return content
 

@@ -9,14 +9,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from tracin.checkpoints.reading import HEADER
 from tracin.errors import CheckpointError
 from tracin.files import read_layout, write_text
 
-__all__ = ["RECORD", "Record", "file_name", "read_record"]
+__all__ = ["Record", "file_name", "layout_fingerprint", "read_record"]
 
 FORMAT = "tracin.checkpoint"
 VERSION = 1
-RECORD = "tracin.record"  # the key in the header of the tensors, holding the record's digest
 
 
 def file_name(step: int) -> str:
@@ -107,9 +107,22 @@ class Record:
 
 
 def layout_fingerprint(path: Path) -> tuple[str, str]:
-    """Fingerprint of the names, shapes and dtypes in a file of tensors, and the digest that its header carries."""
+    """Fingerprint of the names, shapes and dtypes in a file of tensors, and the digest that its header carries.
+
+    Args:
+        path: The tensors' file.
+
+    Returns:
+        Both, in hexadecimal digits.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
     layout, header = read_layout(path, error=CheckpointError)
-    return _digest(layout), header.get(RECORD, "")
+    try:
+        return _digest(layout), str(json.loads(header.get(HEADER, "{}")).get("digest", ""))
+    except (ValueError, AttributeError) as cause:
+        raise CheckpointError(f"{path} has a damaged header ({cause}): {_MEND}") from cause
 
 
 def _digest(content: Any) -> str:
@@ -161,19 +174,18 @@ _MEND = (
 
 def _parse(content: Mapping[str, Any], path: Path) -> Record:
     try:
-        record = Record(**{field.name: content[field.name] for field in fields(Record)})
-        groups = len(record.learning_rate)
-        rates = [*record.learning_rate, *record.learning_rate_sum]
+        known = {field.name: content[field.name] for field in fields(Record)}
+        for field in ("learning_rate", "learning_rate_sum"):
+            known[field] = [None if rate is None else 0.0 + rate for rate in known[field]]
+        groups = len(known["learning_rate"])
         whole = (
-            isinstance(record.file, str)
-            and isinstance(record.step, int)
-            and Path(record.file).name == record.file
-            and len(record.learning_rate_sum) == groups
-            and all(rate is None or isinstance(rate, int | float) for rate in rates)
-            and all(0 <= group < groups for group in record.parameters.values())
+            isinstance(known["step"], int)
+            and Path(known["file"]).name == known["file"]
+            and len(known["learning_rate_sum"]) == groups
+            and all(0 <= group < groups for group in known["parameters"].values())
         )
     except (KeyError, TypeError, AttributeError) as cause:
         raise CheckpointError(f"{path} is damaged ({type(cause).__name__}: {cause}): {_MEND}") from cause
     if not whole:
         raise CheckpointError(f"{path} is damaged, its fields contradict each other: {_MEND}")
-    return record
+    return Record(**known)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from tracin.checkpoints.checkpoint import whole_number
 from tracin.checkpoints.names import COMPILED
-from tracin.checkpoints.reading import ALIASES, EXTRA_STATE, log, require_tensor, storage_place
-from tracin.checkpoints.record import RECORD, Record, file_name, layout_fingerprint, read_record
+from tracin.checkpoints.reading import EXTRA_STATE, HEADER, log, require_tensor, storage_place
+from tracin.checkpoints.record import Record, file_name, layout_fingerprint, read_record
 from tracin.checkpoints.trajectory import Trajectory
 from tracin.errors import CheckpointError, OptionError
 from tracin.files import write_tensors
@@ -107,6 +107,7 @@ class CheckpointRecorder:
             self._pending = _add(self._pending, self._reading)
             self._last = self._reading
             self._steps += 1
+            self._reading = []  # a subclass whose step calls its parent's ends twice: once counts
 
     def save(self, step: int) -> Path:
         """Save the model's state and the rates.
@@ -142,7 +143,7 @@ class CheckpointRecorder:
             aliases=aliases,
         )
         path = self.folder / record.file
-        header = {"format": "pt", RECORD: record.digest, ALIASES: json.dumps(aliases)}
+        header = {HEADER: json.dumps({"digest": record.digest, "aliases": aliases})}
         write_tensors(path, tensors, header, error=CheckpointError)
         record = replace(record, fingerprint=layout_fingerprint(path)[0])
         record.write(path)

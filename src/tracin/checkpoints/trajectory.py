@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, SupportsFloat, overload
 
 from tracin.checkpoints.checkpoint import Checkpoint
 from tracin.checkpoints.record import Record, read_record
@@ -18,7 +18,7 @@ from tracin.files import require_file
 __all__ = ["Trajectory", "natural_key"]
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt")
-Rate = float | Mapping[str, float] | None
+Rate = SupportsFloat | Mapping[str, SupportsFloat] | None
 
 
 def natural_key(name: str) -> tuple[Any, ...]:
@@ -167,25 +167,23 @@ class Trajectory(Sequence[Checkpoint]):
         files = [Path(path) for path in paths]
         for file in files:
             require_file(file, CheckpointError)
-        if learning_rates is None or isinstance(learning_rates, float | int | Mapping):
-            learning_rates = [learning_rates] * len(files)
-        rates = list(learning_rates)
+        given: Any = learning_rates
+        many = isinstance(given, Iterable) and not isinstance(given, Mapping)
+        rates: list[Any] = list(given) if many else [given] * len(files)
         if len(rates) != len(files):
             raise RateError(
                 f"Trajectory.from_files: {len(files)} files and {len(rates)} learning rates. Give one rate per file."
             )
         return cls(
-            [
-                Checkpoint(file, learning_rate=rate, key=None if file.suffix == ".safetensors" else key)
-                for file, rate in zip(files, rates, strict=True)
-            ]
+            [Checkpoint(file, learning_rate=rate, key=key) for file, rate in zip(files, rates, strict=True)]
         )
 
     def select(self, keep: slice | Iterable[int] | Callable[[Checkpoint], bool]) -> Trajectory:
         """A thinner trajectory, whose sums of rates still cover the whole run up to its last checkpoint.
 
         A checkpoint that is left out hands its ``learning_rate_sum`` to the next one kept, so that
-        ``weighting="integrated"`` counts every step. A slice, ``trajectory[2:]``, leaves out the steps too.
+        ``weighting="integrated"`` counts every step; where one of the sums is unknown, so is the total. A slice,
+        ``trajectory[1:]``, leaves out the steps too.
 
         Args:
             keep: Positions, a slice of them, or a function that says whether to keep a checkpoint.
@@ -272,7 +270,7 @@ def _recorded(path: Path, record: Record | None, key: str | None) -> Checkpoint:
     )
 
 
-def _total(sums: Sequence[Rate]) -> Rate:
+def _total(sums: Sequence[Any]) -> Any:
     """The sum of rates that may each be one number or one per parameter; unknown where one of them is."""
     if len(sums) == 1:
         return sums[0]

@@ -68,6 +68,10 @@ class Block(Protocol):
         """Each parameter's gradient times its rate (one rate per parameter that the block holds)."""
         ...
 
+    def weighted(self, weights: Tensor) -> Block:
+        """Each example's gradient times its weight, weights [n]."""
+        ...
+
     def rows(self, start: int, stop: int) -> Block:
         """Examples ``start`` to ``stop``."""
         ...
@@ -115,6 +119,9 @@ class Dense:
             return Dense(self.values * rates[0])
         sizes = torch.tensor(self.splits, device=self.values.device)
         return Dense(self.values * self.values.new_tensor(list(rates)).repeat_interleave(sizes))
+
+    def weighted(self, weights: Tensor) -> Dense:
+        return replace(self, values=self.values * weights[:, None])
 
     def rows(self, start: int, stop: int) -> Dense:
         return Dense(self.values[start:stop], self.splits)
@@ -189,6 +196,9 @@ class Outer:
             return replace(self, d=self.d * weight_rate)
         return replace(self, a=self.a * weight_rate, bias=self.bias * bias_rate)
 
+    def weighted(self, weights: Tensor) -> Outer:
+        return replace(self, d=self.d * weights[:, None, None])
+
     def rows(self, start: int, stop: int) -> Outer:
         return replace(self, a=self.a[start:stop], d=self.d[start:stop])
 
@@ -233,6 +243,9 @@ class Convolution:
     def scaled(self, rates: Sequence[float]) -> Convolution:
         (rate,) = rates
         return replace(self, d=self.d * rate)
+
+    def weighted(self, weights: Tensor) -> Convolution:
+        return replace(self, d=self.d * weights.view(-1, *[1] * (self.d.dim() - 1)))
 
     def rows(self, start: int, stop: int) -> Convolution:
         return replace(self, x=self.x[start:stop], d=self.d[start:stop])
@@ -281,6 +294,9 @@ class Rows:
         (rate,) = rates
         return replace(self, d=self.d * rate)
 
+    def weighted(self, weights: Tensor) -> Rows:
+        return replace(self, d=self.d * weights[:, None, None])
+
     def rows(self, start: int, stop: int) -> Rows:
         return replace(self, index=self.index[start:stop], d=self.d[start:stop])
 
@@ -316,6 +332,9 @@ class Sum:
 
     def scaled(self, rates: Sequence[float]) -> Sum:
         return Sum(tuple(part.scaled(rates) for part in self.parts))
+
+    def weighted(self, weights: Tensor) -> Sum:
+        return Sum(tuple(part.weighted(weights) for part in self.parts))
 
     def rows(self, start: int, stop: int) -> Sum:
         return Sum(tuple(part.rows(start, stop) for part in self.parts))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tracin.data import Batch, row_checksums
 from tracin.errors import DataError, LossError, UserCodeError
 from tracin.gradients import reference
-from tracin.gradients.agreement import is_zero, relative_error, tolerance
+from tracin.gradients.agreement import accumulation_dtype, is_zero, relative_error, tolerance
 from tracin.gradients.engine import BatchGradients, Keys, Source, batch_gradients
 from tracin.gradients.wiring import LocalSite, RuleSite, Wiring
 
@@ -71,9 +71,13 @@ def gradient_errors(
             error = relative_error(estimate, reference_gradient, dtype, scale.get(name, 0.0), total)
             errors[name] = max(errors[name], error)
 
-    truth = reference.summed(found.losses, traced)
-    total = max(rows_total, _norm(truth))
-    compare(_by_parameter({n: b.total() for n, b in wanted.items()}, traced), truth, scales, total)
+    ones = torch.ones_like(found.losses)
+    mixed = torch.linspace(0.5, 1.5, len(ones), dtype=ones.dtype, device=ones.device)[_shuffled(len(ones))]
+    for weights in (ones, mixed):
+        truth = reference.summed(found.losses, traced, weights)
+        total = max(rows_total, _norm(truth))
+        wide = weights.to(accumulation_dtype(dtype))
+        compare(_by_parameter({n: b.weighted(wide).total() for n, b in wanted.items()}, traced), truth, scales, total)
     for row in rows:
         truth = reference.in_graph(found.losses, traced, row)
         mine = {names: block.rows(row, row + 1).materialise()[0] for names, block in wanted.items()}
@@ -82,24 +86,28 @@ def gradient_errors(
     return errors, zero
 
 
+def _shuffled(n: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(n))
+
+
 def _check_rows(n: int) -> list[int]:
     return sorted({0, n - 1})
 
 
-def refuse_mixing(source: Source, batch: Batch, losses: Tensor) -> None:
+def refuse_mixing(source: Source, batch: Batch, losses: Tensor, seen: Tensor | None) -> None:
     """Hold ``losses[i]`` against the loss of row i alone.
 
     Args:
         source: The loss and its rows.
         batch: The batch whose losses these are.
         losses: Its losses [n].
+        seen: Checksums of the batch's rows from before the model ran, which may have written into the batch.
 
     Raises:
         LossError: The loss of a row depends on the rows around it.
         DataError: The dataset gave another row when asked again.
     """
     losses = losses.detach()
-    seen = row_checksums(batch)
     spread = float(losses.abs().max())
     bound, rounding = {torch.float64: (1e-8, 1e-10), torch.float32: (1e-3, 2e-5)}.get(losses.dtype, (0.1, 0.05))
     for at in _check_rows(batch.size):
@@ -155,9 +163,11 @@ def _demoted(wiring: Wiring, errors: Mapping[str, float]) -> Wiring:
     return replace(
         wiring,
         rules=rules,
+        shared={name: site for name, site in wiring.shared.items() if name not in errors},
         locals=places,
         by_row=tuple(dict.fromkeys((*wiring.by_row, *errors))),
         unused=tuple(name for name in wiring.unused if name not in errors),
+        uses={name: counts for name, counts in wiring.uses.items() if name not in errors},
         reasons={**wiring.reasons, **reasons},
     )
 
@@ -186,14 +196,15 @@ def checked_gradients(
         raise RuntimeError("the source has no wiring yet")
     if not first and not wiring.pending:
         return batch_gradients(source, keys, batch, value, traced)
+    seen = row_checksums(batch) if first else None
     found = batch_gradients(source, keys, batch, value, traced, keep_graph=True)
     names = set(traced) if first else set(wiring.pending)
     names |= {name for pair in keys.fused if set(pair) & names for name in pair}
     if first:
-        refuse_mixing(source, batch, found.losses)
+        refuse_mixing(source, batch, found.losses, seen)
     elif not any(bool(g.any()) for g in reference.summed(found.losses, {n: traced[n] for n in names}).values()):
         return BatchGradients(found.losses.detach(), found.blocks)
-    errors, zero = gradient_errors(found, {name: traced[name] for name in traced if name in names}, _check_rows(batch.size))
+    errors, zero = gradient_errors(found, {name: traced[name] for name in traced if name in names}, [batch.size - 1])
     failed = {name: error for name, error in errors.items() if error > tolerance(found.losses.dtype)}
     source.wiring = replace(wiring, pending=frozenset(zero) - set(wiring.unused))
     if failed:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from tracin.data import Batch, RowSource, to_device
 from tracin.errors import NotFiniteError
-from tracin.gradients import reference
+from tracin.gradients import reference, shared
 from tracin.gradients.agreement import accumulation_dtype
 from tracin.gradients.blocks import Block, Dense, Sum, concatenate
 from tracin.gradients.capture import Call, Tape, recording
+from tracin.gradients.graph import Graph, walk
 from tracin.gradients.wiring import (
     LOSS,
     LocalSite,
@@ -27,7 +28,6 @@ from tracin.gradients.wiring import (
     RuleSite,
     Wiring,
     local_estimates,
-    parameter_edges,
     rule_blocks,
 )
 from tracin.tasks.task import Loss, row_losses
@@ -52,7 +52,8 @@ class Keys:
         for wiring in wirings:
             owned = Counter(name for site in wiring.rules.values() for name in site.roles.values())
             apart |= {name for name, count in owned.items() if count > 1}
-            apart |= {name for site in wiring.locals.values() for name in site.names} | set(wiring.by_row)
+            apart |= {name for site in wiring.locals.values() for name in site.names}
+            apart |= set(wiring.by_row) | set(wiring.shared)
             for site in wiring.rules.values():
                 if set(site.roles) == {"weight", "bias"} and site.rule.fused:
                     pairs.add((site.roles["weight"], site.roles["bias"]))
@@ -120,20 +121,20 @@ def _call_fits(call: Call, layout, n: int) -> bool:  # noqa: ANN001
     return inputs_fit and all(lay.fits(shape, n) for lay, shape in zip(layout.outputs, call.shapes, strict=True))
 
 
-def irregular_names(wiring: Wiring, tape: Tape, edges: Mapping[str, int], n: int) -> set[str]:
+def irregular_names(wiring: Wiring, tape: Tape, graph: Graph, n: int) -> set[str]:
     """Parameters that this batch uses otherwise than the probe did.
 
     Args:
         wiring: The routes.
         tape: The batch's calls.
-        edges: How often its graph reads each parameter.
+        graph: Its graph.
         n: Rows.
 
     Returns:
         Their names.
     """
     calls_of: Counter[str] = Counter()
-    out: set[str] = {name for name in wiring.unused if edges[name]}
+    out: set[str] = {name for name in wiring.unused if graph.uses(name)}
     for site in (*wiring.rules.values(), *wiring.locals.values()):
         names = set(site.roles.values()) if isinstance(site, RuleSite) else set(site.names)
         calls = tape.calls.get(site.site, [])
@@ -142,18 +143,36 @@ def irregular_names(wiring: Wiring, tape: Tape, edges: Mapping[str, int], n: int
         if not all(_call_fits(call, _layout_of(site.layouts, at, len(calls)), n) for at, call in enumerate(calls)):
             out |= names
     for name, (probe_edges, probe_calls) in wiring.uses.items():
-        if name not in wiring.by_row and name not in wiring.unused and edges[name] * probe_calls != probe_edges * calls_of[name]:
+        if graph.uses(name) * probe_calls != probe_edges * calls_of[name]:
             out.add(name)
     return out
 
 
-def _deltas(losses: Tensor, tape: Tape, keep: bool) -> dict[str, list[list[Tensor | None]]]:
-    """∂(Σℓ)/∂output of every recorded call, by site, call and output."""
+Deltas = dict[str, list[list[Tensor | None]]]
+
+
+def _deltas(
+    losses: Tensor, tape: Tape, places: Mapping[str, list[shared.Meeting]], keep: bool
+) -> tuple[Deltas, dict[str, list[Tensor | None]]]:
+    """∂(Σℓ)/∂output of every recorded call, by site, call and output, and at every meeting of a shared parameter."""
     edges = [edge for calls in tape.calls.values() for call in calls for edge in call.edges]
+    edges += [place.edge for found in places.values() for place in found]
     if not edges:
-        return {}
+        return {}, {}
     found = iter(torch.autograd.grad(losses.sum(), edges, retain_graph=keep, allow_unused=True))
-    return {site: [[next(found) for _ in call.edges] for call in calls] for site, calls in tape.calls.items()}
+    by_call = {site: [[next(found) for _ in call.edges] for call in calls] for site, calls in tape.calls.items()}
+    return by_call, {name: [next(found) for _ in at] for name, at in places.items()}
+
+
+def _shared_blocks(
+    graph: Graph, places: Mapping[str, list[shared.Meeting]], deltas: Mapping[str, list[Tensor | None]], n: int,
+    traced: Mapping[str, nn.Parameter],
+) -> Blocks:
+    out: Blocks = {}
+    for name, at in places.items():
+        values = shared.gradients(graph.leaves[name], traced[name], at, deltas[name], n).reshape(n, -1)
+        out[name,] = Dense(values.to(accumulation_dtype(values.dtype)))
+    return out
 
 
 def _add(blocks: dict[tuple[str, ...], list[Block]], names: tuple[str, ...], block: Block) -> None:
@@ -242,12 +261,17 @@ def batch_gradients(
     sites = wiring.sites()
     with recording(sites, frozenset(site for site in sites if site in wiring.locals)) as tape:
         losses = source.run(value, batch.rows)
-    irregular = irregular_names(wiring, tape, parameter_edges(losses, traced), batch.size)
+    graph = walk(losses, traced)
+    irregular = irregular_names(wiring, tape, graph, batch.size)
+    met = {name: shared.meetings(site, graph, batch.size) for name, site in wiring.shared.items()}
+    irregular |= {name for name, found in met.items() if found is None}
+    places = {name: found for name, found in met.items() if found is not None}
     source.irregular.update(dict.fromkeys(irregular, batch.size))
     slow = irregular | set(wiring.by_row)
     slow |= {name for pair in keys.fused if set(pair) & slow for name in pair}
-    deltas = _deltas(losses, tape, keep_graph)
+    deltas, at_places = _deltas(losses, tape, places, keep_graph)
     blocks = _site_blocks(wiring, keys, tape, deltas, batch.size, slow, traced)
+    blocks |= _shared_blocks(graph, places, at_places, batch.size, traced)
     blocks |= _by_row_blocks(source, keys, batch, slow, traced)
     _refuse_not_finite(deltas, blocks, batch, source.where)
     return BatchGradients(losses if keep_graph else losses.detach(), blocks)

@@ -10,6 +10,7 @@ to the module with its entries on the axis where they stood, so the module sees 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,5 +88,7 @@ def gradients(
 
     expanded = {name: value.detach().expand(n, *value.shape) for name, value in parameters.items()}
     chunk = max(1, CHUNK // max(1, sum(value.numel() for value in parameters.values())))
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        # vmap falls back to a loop for operations without a batching rule: slow, exact, and reported by the coverage.
+        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
         return vmap(pull, in_dims=(0, 0, 0), chunk_size=min(chunk, n))(expanded, inputs, cotangents)

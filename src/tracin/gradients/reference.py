@@ -42,17 +42,18 @@ def in_graph(losses: Tensor, parameters: Mapping[str, Tensor], row: int) -> dict
     return _grad(losses[row], parameters, keep=True)
 
 
-def summed(losses: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The gradient of the sum of a batch's losses; the graph is kept.
+def summed(losses: Tensor, parameters: Mapping[str, Tensor], weights: Tensor | None = None) -> dict[str, Tensor]:
+    """The gradient of the (weighted) sum of a batch's losses; the graph is kept.
 
     Args:
         losses: The losses [n] of a batch, with their graph.
         parameters: Parameters by name.
+        weights: One weight per row; 1 unless given.
 
     Returns:
         Each parameter's gradient; zeros where it is unused.
     """
-    return _grad(losses.sum(), parameters, keep=True)
+    return _grad(losses.sum() if weights is None else losses @ weights, parameters, keep=True)
 
 
 def alone(

@@ -1,11 +1,13 @@
 """Which route each parameter takes, found by running a few rows and comparing with autograd.
 
 Three rows are run, then the same rows and one of them again: what changed in the shapes shows the row axis of every
-module (``layout``). Then, cheapest first, each parameter tries
+module (``layout``). They are also run in reverse: a module whose input is not reversed with them (rows sorted by length,
+tokens sent to experts) has no row axis. Then, cheapest first, each parameter tries
 
 1. *rule*: all modules that own it have a rule, and the graph uses it exactly as often as these modules were called;
-2. *local*: vmap over a module that contains all its uses, from its owner upward to the loss itself;
-3. *by row*: one example at a time.
+2. *shared*: it has no row axis until an elementwise operation joins it with the rows (``shared``);
+3. *local*: vmap over a module that contains all its uses, from its owner upward to the loss itself;
+4. *by row*: one example at a time.
 
 A route is taken when its per-example gradients equal autograd's for every probe row. A parameter whose gradient is zero
 on the probe rows proves nothing: it stays ``pending`` and is compared in the first batch where it is not zero.
@@ -22,15 +24,17 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tracin.errors import UserCodeError
-from tracin.gradients import local, reference
+from tracin.gradients import local, reference, shared
 from tracin.gradients.agreement import accumulation_dtype, is_zero, relative_error, tolerance
 from tracin.gradients.blocks import Block, Sum
 from tracin.gradients.capture import Call, Tape, recording
+from tracin.gradients.graph import Graph, walk
 from tracin.gradients.layout import Layout, candidates, owns, to_rows
 from tracin.gradients.local import CallLayout
 from tracin.gradients.rules import Rule, rule_for
+from tracin.gradients.shared import SharedSite
 
-__all__ = ["LOSS", "LocalSite", "LossModule", "RuleSite", "Wiring", "parameter_edges", "rule_blocks", "wire"]
+__all__ = ["LOSS", "LocalSite", "LossModule", "RuleSite", "Wiring", "rule_blocks", "wire"]
 
 # Site name of the loss itself, which contains the model.
 LOSS = "(loss)"
@@ -75,6 +79,7 @@ class Wiring:
     """Routes of one loss over one data source."""
 
     rules: dict[str, RuleSite]
+    shared: dict[str, SharedSite]
     locals: dict[str, LocalSite]
     by_row: tuple[str, ...]
     unused: tuple[str, ...]
@@ -91,6 +96,8 @@ class Wiring:
         for rule in self.rules.values():
             if name in rule.roles.values():
                 return f"rule {rule.rule.layer.__name__}"
+        if name in self.shared:
+            return "shared by the rows"
         for place in self.locals.values():
             if name in place.names:
                 return f"vmap {type(place.module).__name__ if place.site != LOSS else 'loss'}"
@@ -105,13 +112,12 @@ class Probe:
     dtype: torch.dtype
     few: Tape
     more: Tape
+    back: Tape
     deltas: list[dict[tuple[str, int, int], Tensor | None]]
     truth: list[dict[str, Tensor]]
-    edges: dict[str, int]
-
-    def total(self, row: int) -> float:
-        """Norm of a row's gradient over all parameters."""
-        return sum(float(torch.linalg.vector_norm(g.double())) ** 2 for g in self.truth[row].values()) ** 0.5
+    graph: Graph
+    shared_estimates: dict[str, tuple[SharedSite, Tensor]]
+    totals: list[float]
 
     def delta(self, site: str, call: int) -> list[Tensor | None]:
         """∂(Σℓ)/∂output of a call, one per recorded output."""
@@ -120,37 +126,6 @@ class Probe:
             found = [d for row in self.deltas if (d := row[(site, call, at)]) is not None]
             out.append(torch.stack(found).sum(0) if found else None)
         return out
-
-
-def parameter_edges(losses: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, int]:
-    """How often the graph of the losses reads each parameter.
-
-    Args:
-        losses: The losses with their graph.
-        parameters: Leaf tensors by name.
-
-    Returns:
-        Uses by name; 0 for a parameter that the graph does not reach.
-    """
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    counts = dict.fromkeys(parameters, 0)
-    if losses.grad_fn is None:
-        return counts
-    seen = {losses.grad_fn}
-    stack = [losses.grad_fn]
-    while stack:
-        for node, _ in stack.pop().next_functions:
-            if node is None:
-                continue
-            variable = getattr(node, "variable", None)
-            if variable is not None:
-                name = names.get(id(variable))
-                if name is not None:
-                    counts[name] += 1
-            elif node not in seen:
-                seen.add(node)
-                stack.append(node)
-    return counts
 
 
 def _probe(
@@ -164,7 +139,9 @@ def _probe(
             sites[name] = module
     everything = frozenset(sites)
     with recording(sites, everything) as more_tape:
-        run(take([*rows, rows[0]]), [*rows, rows[0]])
+        more_graph = walk(run(take([*rows, rows[0]]), [*rows, rows[0]]), traced)
+    with recording(sites, everything) as back_tape:
+        run(take(rows[::-1]), rows[::-1])
     with recording(sites, everything) as tape:
         losses = run(take(rows), rows)
     keys = [
@@ -173,11 +150,33 @@ def _probe(
     edges = [tape.calls[site][at].edges[out] for site, at, out in keys]
     deltas, truth = [], []
     n = len(rows)
+    graph = walk(losses, traced)
+    shared_found = _shared_estimates(losses, graph, more_graph, traced, n)
     for row in range(n):
         found = torch.autograd.grad(losses[row], edges, retain_graph=True, allow_unused=True)
         deltas.append(dict(zip(keys, found, strict=True)))
         truth.append(reference.in_graph(losses, traced, row))
-    return Probe(n, losses.dtype, tape, more_tape, deltas, truth, parameter_edges(losses, traced))
+    totals = [float(torch.stack([torch.linalg.vector_norm(g) for g in row.values()]).double().norm()) for row in truth]
+    return Probe(n, losses.dtype, tape, more_tape, back_tape, deltas, truth, graph, shared_found, totals)
+
+
+def _shared_estimates(
+    losses: Tensor, graph: Graph, more: Graph, traced: Mapping[str, nn.Parameter], n: int
+) -> dict[str, tuple[SharedSite, Tensor]]:
+    """Parameters that rows share until an elementwise operation, with their per-example gradients [n, p]."""
+    out: dict[str, tuple[SharedSite, Tensor]] = {}
+    for name in graph.leaves.keys() & more.leaves.keys():
+        site = shared.discover(name, graph, more, n, n + 1)
+        places = shared.meetings(site, graph, n) if site is not None else None
+        if site is None or not places:
+            continue
+        deltas = torch.autograd.grad(losses.sum(), [p.edge for p in places], retain_graph=True, allow_unused=True)
+        try:
+            found = shared.gradients(graph.leaves[name], traced[name], places, list(deltas), n)
+        except RuntimeError:  # what made the shared tensor has no batching rule: the next route is tried
+            continue
+        out[name] = (site, found.reshape(n, -1))
+    return out
 
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -217,10 +216,41 @@ def _call_layout(probe: Probe, site: str, at: int, n_more: int) -> CallLayout | 
             found = candidates(leaf.shape, twin.shape, probe.n, n_more)
             if not found:
                 return None
-            inputs.append(found[-1] if len(found) > 1 and not row_major else found[0])
+            layout = found[-1] if len(found) > 1 and not row_major else found[0]
+            inputs.append(layout)
         elif not isinstance(leaf, _PLAIN) or leaf != twin:
             return None
-    return CallLayout(tuple(inputs), tuple(outputs))
+    layout = CallLayout(tuple(inputs), tuple(outputs))
+    return layout if _turns_with_the_rows(probe, site, at, layout) else None
+
+
+def _turns_with_the_rows(probe: Probe, site: str, at: int, layout: CallLayout) -> bool:
+    """Whether the inputs of a call come in reverse when the rows do."""
+    back = probe.back.calls.get(site, [])
+    if len(back) != len(probe.few.calls[site]):
+        return False
+    tensors, others = _call_tensors(probe.few.calls[site][at]), _call_tensors(back[at])
+    if len(tensors) != len(others) or len(tensors) != len(layout.inputs):
+        return False
+    for x, reverse, lay in zip(tensors, others, layout.inputs, strict=True):
+        if x.shape != reverse.shape:
+            return False
+        if lay is not None:
+            x, reverse = to_rows(x, lay, probe.n), to_rows(reverse, lay, probe.n).flip(0)
+        if not _same(x, reverse, probe.dtype):
+            return False
+    return True
+
+
+def _same(x: Tensor, y: Tensor, dtype: torch.dtype) -> bool:
+    if not x.is_floating_point():
+        return bool(torch.equal(x, y))
+    bound = 100 * torch.finfo(dtype).eps
+    return bool(torch.allclose(x, y, rtol=bound, atol=bound * float(x.abs().max()) if x.numel() else 0.0, equal_nan=True))
+
+
+def _call_tensors(call: Call) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
 
 
 def _site_layouts(probe: Probe, site: str, n_more: int) -> tuple[CallLayout, ...] | None:
@@ -309,7 +339,7 @@ def _error(estimate: Tensor | None, name: str, probe: Probe) -> float:
         truth = probe.truth[row][name]
         mine = torch.zeros_like(truth) if estimate is None else estimate[row]
         norm = float(torch.linalg.vector_norm(truth))
-        worst = max(worst, relative_error(mine, truth, probe.dtype, norm, probe.total(row)))
+        worst = max(worst, relative_error(mine, truth, probe.dtype, norm, probe.totals[row]))
     return worst
 
 
@@ -426,11 +456,11 @@ def wire(
         probe = _probe(root, run, traced, take, rows)
     except UserCodeError as error:
         raise UserCodeError(f"while probing the model with batches of three and four rows, {error}") from error.__cause__
-    unused = [name for name in traced if probe.edges[name] == 0]
+    unused = [name for name in traced if probe.graph.uses(name) == 0]
     pending = {
         name
         for name in traced
-        if all(is_zero(probe.truth[row][name], probe.dtype, probe.total(row)) for row in range(probe.n))
+        if all(is_zero(probe.truth[row][name], probe.dtype, probe.totals[row]) for row in range(probe.n))
     } - set(unused)
     sites, reasons = _rule_sites(root, traced, probe, 4)
     estimates = _rule_estimates(sites, probe)
@@ -439,13 +469,19 @@ def wire(
         if name in unused:
             continue
         calls = sum(len(probe.few.calls[s.site]) for s in sites.values() for owned in s.roles.values() if owned == name)
-        if calls != probe.edges[name]:
-            reasons.setdefault(name, f"used {probe.edges[name]} times, {calls} of them by a layer with a rule")
+        if calls != probe.graph.uses(name):
+            reasons.setdefault(name, f"used {probe.graph.uses(name)} times, {calls} of them by a layer with a rule")
             open_names.append(name)
         elif (error := _error(estimates.get(name), name, probe)) > tolerance(probe.dtype):
             reasons[name] = f"the rule's gradient is off by {error:.1e}"
             open_names.append(name)
-    placed, by_row, why = _settle_locals(root, traced, open_names, probe, 4)
+    joined = {
+        name: probe.shared_estimates[name][0]
+        for name in open_names
+        if name in probe.shared_estimates
+        and _error(probe.shared_estimates[name][1], name, probe) <= tolerance(probe.dtype)
+    }
+    placed, by_row, why = _settle_locals(root, traced, [n for n in open_names if n not in joined], probe, 4)
     reasons |= {name: text for name, text in why.items() if name in by_row or name not in reasons}
     left = set(open_names) | set(unused)
     kept = {}
@@ -454,16 +490,17 @@ def wire(
         if roles:
             kept[site] = RuleSite(site, found.module, found.rule, roles, found.layouts)
     uses = {}
-    for name in traced:
+    for name in set(traced) - set(unused) - set(joined) - set(by_row):
         holders = [s.site for s in kept.values() for owned in s.roles.values() if owned == name]
         holders += [p.site for p in placed.values() if name in p.names]
-        uses[name] = (probe.edges[name], sum(len(probe.few.calls[site]) for site in holders))
+        uses[name] = (probe.graph.uses(name), sum(len(probe.few.calls[site]) for site in holders))
     return Wiring(
         rules=kept,
+        shared=joined,
         locals=placed,
         by_row=tuple(by_row),
         unused=tuple(unused),
         pending=frozenset(pending),
         uses=uses,
-        reasons={name: text for name, text in reasons.items() if name in left and name not in unused},
+        reasons={name: text for name, text in reasons.items() if name in left and name not in unused and name not in joined},
     )

@@ -17,7 +17,7 @@ __all__ = ["detection_curve"]
 
 _DASHES = ("-", (0, (5, 1.5)), (0, (3, 1.2, 1, 1.2)), (0, (1, 1)))
 _ROW = 0.21
-_LEFT, _RIGHT, _TOP = 0.62, 0.25, 0.67
+_MARGIN, _LEFT, _RIGHT, _TOP = 0.3, 0.72, 0.44, 0.8
 _TICK_ROOM = 0.07
 
 
@@ -60,11 +60,11 @@ def detection_curve(
     height = min((width - _LEFT - _RIGHT) * 0.72, 3.9)
     table = _TOP + height + 0.75
     with style():
-        canvas = Canvas(width, table + (len(curves) + 2) * _ROW + 0.15, theme_named(theme))
+        canvas = Canvas(width, table + (len(curves) + 2) * _ROW + _MARGIN, theme_named(theme))
         first = next(iter(curves.values()))
         told = f"{first.planted_rows:,} of {first.rows:,} rows carry a planted label"
-        canvas.text(0.22, 0.3, title, size=12, weight="bold", width=width - 0.44)
-        canvas.text(0.22, 0.48, told, size=8.5, colour=canvas.theme.muted, width=width - 0.44)
+        canvas.text(_MARGIN, 0.42, title, size=12.0, weight="bold", width=width - 2 * _MARGIN)
+        canvas.text(_MARGIN, 0.6, told, size=8.5, colour=canvas.theme.muted, width=width - 2 * _MARGIN)
         lines = entries(curves, shares, canvas.theme)
         draw_lines(canvas.axes(_LEFT, _TOP, width - _LEFT - _RIGHT, height), lines, shares, canvas.theme)
         draw_table(canvas, table, lines, shares)
@@ -166,13 +166,13 @@ def draw_table(canvas: Canvas, y: float, lines: Sequence[Entry], shares: Sequenc
     """Names of the lines, what each finds, and its AUROC."""
     theme, width = canvas.theme, canvas.width
     heads = [*(f"at {percent(share)}" for share in shares), "AUROC"]
-    step = max(text_width(head, 8) for head in heads) + 0.16
+    step = max(text_width(head, 8.0) for head in heads) + 0.16
     ends = [width - _RIGHT - step * (len(heads) - 1 - number) for number in range(len(heads))]
     for head, end in zip(heads, ends, strict=True):
-        canvas.text(end, y, head, size=8, colour=theme.muted, align="right")
+        canvas.text(end, y, head, size=8.0, colour=theme.muted, align="right")
     for number, line in enumerate(lines):
         baseline = y + (number + 1) * _ROW
-        canvas.line(0.22, baseline - 0.04, 0.3, **swatch(line.look))
+        canvas.line(_MARGIN, baseline - 0.04, 0.3, **swatch(line.look))
         weight = "bold" if line.strong else "normal"
         colour = theme.muted if line.reference else theme.ink
         canvas.text(

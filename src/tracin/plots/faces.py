@@ -87,15 +87,15 @@ def draw_card(
         canvas.box(x, foot + 0.05, width, 0.035, fill=theme.raised)
         canvas.box(x, foot + 0.05, length, 0.035, fill=colour)
         score = signed(card.score) if sign else digits(card.score)
-        canvas.text(x, foot + 0.24, score, size=9, weight="bold", colour=colour, width=width)
+        canvas.text(x, foot + 0.24, score, size=9.0, weight="bold", colour=colour, width=width)
         if card.row is not None:
-            room = max(width - text_width(score, 9, "bold") - 0.08, 0.0)
+            room = max(width - text_width(score, 9.0, "bold") - 0.08, 0.0)
             place = f"row {card.row}" if text_width(f"row {card.row}", _SMALL) <= room else f"{card.row}"
             canvas.text(
                 x + width, foot + 0.24, place, size=_SMALL, colour=theme.muted, align="right", width=room
             )
     if card.label is not None:
-        canvas.text(x, foot + 0.40, f"label {card.label}", size=8, width=width)
+        canvas.text(x, foot + 0.40, f"label {card.label}", size=8.0, width=width)
     if card.planted is not None:
         colour, weight = (theme.ink, "bold") if card.planted else (theme.muted, "normal")
         canvas.text(

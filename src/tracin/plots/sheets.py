@@ -92,7 +92,7 @@ def picture_sheet(
         canvas = Canvas(left + grid.size(1)[0] + _MARGIN, height, theme_named(theme))
         if title:
             canvas.text(
-                _MARGIN, _MARGIN + 0.1, title, size=13, weight="bold", width=canvas.width - 2 * _MARGIN
+                _MARGIN, _MARGIN + 0.1, title, size=13.0, weight="bold", width=canvas.width - 2 * _MARGIN
             )
         draw_query(canvas, _MARGIN, top, explanation)
         for heading, meaning, direction, side in sides:
@@ -138,7 +138,7 @@ def suspect_sheet(
     with style():
         canvas = Canvas(across + 2 * _MARGIN, top + down + 0.1, theme_named(theme))
         if title:
-            canvas.text(_MARGIN, _MARGIN + 0.1, title, size=13, weight="bold", width=across)
+            canvas.text(_MARGIN, _MARGIN + 0.1, title, size=13.0, weight="bold", width=across)
         for number, card in enumerate(suspects):
             x, y = grid.place(number)
             draw_card(
@@ -163,7 +163,7 @@ def draw_query(canvas: Canvas, x: float, y: float, explanation: Explanation) -> 
     baseline = y + _QUERY + 0.26
     for number, (text, strong) in enumerate(query_lines(explanation)):
         colour = theme.ink if strong else theme.muted
-        size, weight = (10, "bold") if number == 0 else (8.5, "normal")
+        size, weight = (10.0, "bold") if number == 0 else (8.5, "normal")
         for line in [fit(text, _QUERY, size, weight)] if number == 0 else wrap(text, _QUERY, size, 2):
             canvas.text(x, baseline, line, size=size, colour=colour, weight=weight)
             baseline += 0.19
@@ -188,8 +188,8 @@ def query_lines(explanation: Explanation) -> list[tuple[str, bool]]:
 def draw_heading(
     canvas: Canvas, x: float, y: float, heading: str, meaning: str, colour: str, width: float
 ) -> None:
-    canvas.text(x, y + 0.12, heading, size=11, weight="bold", colour=colour)
-    across = text_width(heading, 11, "bold") + 0.1
+    canvas.text(x, y + 0.12, heading, size=11.0, weight="bold", colour=colour)
+    across = text_width(heading, 11.0, "bold") + 0.1
     canvas.text(
         x + across, y + 0.12, meaning, size=8.5, colour=canvas.theme.muted, width=max(width - across, 0.1)
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,8 +16,6 @@ from tracin.plots.sheets import draw_heading, query_lines
 from tracin.plots.theme import Theme, ThemeName, theme_named
 
 __all__ = ["trajectory_figure"]
-
-Layout = Literal["wide", "narrow"]
 
 _MARGIN = 0.3
 _AXIS = 0.5
@@ -39,7 +36,7 @@ def trajectory_figure(
     explanation: Explanation,
     *,
     count: int | None = None,
-    layout: Layout = "wide",
+    narrow: bool = False,
     theme: ThemeName = "light",
 ) -> Figure:
     """The loss of a prediction at each checkpoint, what lowered and raised it there, and the rows that did.
@@ -52,7 +49,7 @@ def trajectory_figure(
     Args:
         explanation: With its ``path``.
         count: Proponents and opponents shown, at most; by default three pictures or two texts of each.
-        layout: ``wide`` puts the rows beside the charts, ``narrow`` below them, for a phone or a column.
+        narrow: Put the rows below the charts instead of beside them, for a phone or a column.
         theme: ``light`` or ``dark``.
 
     Returns:
@@ -60,7 +57,7 @@ def trajectory_figure(
 
     Raises:
         DataError: An explanation without a path.
-        OptionError: ``count`` below 1, an unknown layout or theme.
+        OptionError: ``count`` below 1, or an unknown theme.
         MissingExtraError: matplotlib isn't installed.
     """
     path = explanation.path
@@ -68,26 +65,23 @@ def trajectory_figure(
         raise DataError("the explanation has no path: give it LossPath.from_scores(...) to draw a trajectory")
     if count is not None and count < 1:
         raise OptionError(f"count must be at least 1, got {count}")
-    if layout not in ("wide", "narrow"):
-        raise OptionError(f"layout is 'wide' or 'narrow', got {layout!r}")
     if count is None:
         face = card_size([*explanation.proponents, *explanation.opponents])
         count = 3 if face[0] == face[1] else 2
     sides = [explanation.proponents[:count], explanation.opponents[:count]]
     cards = [*sides[0], *sides[1]]
-    block = Block(cards, layout, count)
+    block = Block(cards, count, narrow=narrow)
     rows = sum(block.height(len(side)) for side in sides)
-    wide = layout == "wide"
-    across = _CHART if wide else max(3.3, block.width)
-    down = min(max(_CHARTS, rows), 1.3 * _CHARTS) if wide else _CHARTS
-    width = 2 * _MARGIN + across + (_GUTTER + block.width if wide and cards else 0.0)
+    across = max(3.3, block.width) if narrow else _CHART
+    down = _CHARTS if narrow else min(max(_CHARTS, rows), 1.3 * _CHARTS)
+    width = 2 * _MARGIN + across + (_GUTTER + block.width if cards and not narrow else 0.0)
     with style():
         canvas = Canvas(
-            width, _HEAD + (max(down, rows) + 0.2 if wide else down + rows + 0.35), theme_named(theme)
+            width, _HEAD + (down + rows + 0.35 if narrow else max(down, rows) + 0.2), theme_named(theme)
         )
         draw_head(canvas, explanation)
         draw_charts(canvas, _MARGIN, _HEAD, across, down, path)
-        corner = (_MARGIN + across + _GUTTER, _HEAD) if wide else (_MARGIN, _HEAD + down + 0.15)
+        corner = (_MARGIN, _HEAD + down + 0.15) if narrow else (_MARGIN + across + _GUTTER, _HEAD)
         draw_sides(canvas, corner, block, sides, path)
     return canvas.figure
 
@@ -95,10 +89,10 @@ def trajectory_figure(
 class Block:
     """The measures of the cards of one sign, in inches."""
 
-    def __init__(self, cards: Sequence[Card], layout: Layout, count: int) -> None:
+    def __init__(self, cards: Sequence[Card], count: int, *, narrow: bool) -> None:
         self.face = card_size(cards)
         pictures = self.face[0] == self.face[1]
-        self.columns = min(count, 3 if pictures else (2 if layout == "wide" else 1))
+        self.columns = min(count, 3 if pictures else (1 if narrow else 2))
         self.width = self.columns * (self.face[0] + GAP) - GAP
         self.caption = caption_height(cards)
         self.card = self.face[1] + self.caption + _SPARK + 0.12
@@ -115,7 +109,7 @@ def draw_head(canvas: Canvas, explanation: Explanation) -> None:
     draw_face(canvas, _MARGIN, 0.22, across, down, explanation.query.shown)
     x = _MARGIN + across + 0.18
     room = canvas.width - x - _MARGIN
-    canvas.text(x, 0.4, "The loss along training", size=12, weight="bold", width=room)
+    canvas.text(x, 0.4, "The loss along training", size=12.0, weight="bold", width=room)
     for number, line in enumerate(packed([text for text, _ in query_lines(explanation)], room)[:3]):
         canvas.text(x, 0.6 + number * 0.16, line, size=8.5, colour=canvas.theme.muted, width=room)
 
@@ -136,12 +130,13 @@ def draw_charts(canvas: Canvas, x: float, y: float, width: float, height: float,
     """The loss, and below it the contributions, over the same checkpoints."""
     theme = canvas.theme
     places, even = places_of(path.steps)
-    inner = width - _AXIS
+    overhang = text_width(f"{path.steps[-1]:,}", 8.0) / 2 - 0.1
+    inner = width - _AXIS - max(0.0, overhang)
     free = height - 2 * _TITLE - _BETWEEN - _FOOT
-    canvas.text(x, y, "loss", size=9, weight="bold", colour=theme.ink)
+    canvas.text(x, y, "loss", size=9.0, weight="bold", colour=theme.ink)
     loss = canvas.axes(x + _AXIS, y + _TITLE - 0.1, inner, free * 0.56)
     y += _TITLE + free * 0.56 + _BETWEEN
-    canvas.text(x, y, "contribution of the training rows", size=9, weight="bold", colour=theme.ink)
+    canvas.text(x, y, "contribution of the training rows", size=9.0, weight="bold", colour=theme.ink)
     draw_key(canvas, x, y + 0.17)
     bars = canvas.axes(x + _AXIS, y + _TITLE + 0.1, inner, free * 0.44 - 0.1)
     draw_loss(loss, places, path.losses, theme)
@@ -181,7 +176,7 @@ def spaced(steps: Sequence[int], places: Sequence[float], width: float) -> list[
     scale = width / (high - low)
     shown: list[int] = []
     for number in [len(steps) - 1, *range(len(steps) - 1)]:
-        across = text_width(f"{steps[number]:,}", 8) + 0.1
+        across = text_width(f"{steps[number]:,}", 8.0) + 0.1
         if all(abs(places[number] - places[other]) * scale >= across for other in shown):
             shown.append(number)
     return sorted(shown)
@@ -235,15 +230,20 @@ def draw_key(canvas: Canvas, x: float, y: float) -> None:
     theme = canvas.theme
     parts = [("▲ proponents", theme.proponent), ("▼ opponents", theme.opponent), ("– sum", theme.ink)]
     for text, colour in parts:
-        canvas.text(x, y, text, size=8, colour=colour, weight="bold")
-        x += text_width(text, 8, "bold") + 0.16
+        canvas.text(x, y, text, size=8.0, colour=colour, weight="bold")
+        x += text_width(text, 8.0, "bold") + 0.16
 
 
 def plain_axes(axes: Axes, theme: Theme) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import MaxNLocator
 
-    axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}".replace("-", "−")))
+    low, high = axes.get_ylim()
+    ticks = [
+        tick
+        for tick in MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+        if low <= tick <= high
+    ]
+    axes.set_yticks(ticks, [f"{tick:.4g}".replace("-", "−") for tick in ticks])
     axes.tick_params(colors=theme.muted, labelsize=8, length=0, pad=5)
     axes.grid(axis="y", color=theme.hair, linewidth=0.5)
     axes.set_axisbelow(True)

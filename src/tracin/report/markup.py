@@ -17,16 +17,16 @@ class Markup(str):
     __slots__ = ()
 
 
-def escaped(value: str | float) -> Markup:
+def escaped(value: object) -> Markup:
     return value if isinstance(value, Markup) else Markup(html.escape(str(value), quote=True))
 
 
-def join(parts: Iterable[str | float | None]) -> Markup:
+def join(parts: Iterable[object]) -> Markup:
     """Parts one after the other; text is escaped, None is nothing."""
     return Markup("".join(escaped(part) for part in parts if part is not None))
 
 
-def tag(name: str, /, *children: str | float | None, **attributes: str | float | None) -> Markup:
+def tag(name: str, /, *children: object, **attributes: object) -> Markup:
     """An element.
 
     Args:

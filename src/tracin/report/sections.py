@@ -193,7 +193,7 @@ def trajectory(explanation: Explanation) -> Markup | None:
         return None
 
     def draw(theme: ThemeName, narrow: bool) -> Figure:
-        return trajectory_figure(explanation, layout="narrow" if narrow else "wide", theme=theme)
+        return trajectory_figure(explanation, narrow=narrow, theme=theme)
 
     losses = ", ".join(
         f"{digits(loss)} at step {step}" for step, loss in zip(path.steps, path.losses.tolist(), strict=True)

@@ -28,6 +28,7 @@ __all__ = [
     "write",
 ]
 
+HEADER = "tracin"  # the key in the file's header
 FORMAT = "tracin.result"
 VERSION = 1
 
@@ -96,39 +97,37 @@ def describe(result: Any, size: str, values: Tensor) -> str:
 
 def write(path: str | Path, result: Any, tensors: dict[str, Tensor], **extra: Any) -> None:
     """Save the tensors, and with them in the header the type, the provenance and ``extra``."""
-    header = {
+    content = {
         "format": FORMAT,
-        "version": str(VERSION),
+        "version": VERSION,
         "type": type(result).__name__,
-        "provenance": json.dumps(result.provenance),
-        **{name: json.dumps(value) for name, value in extra.items()},
+        "provenance": result.provenance,
+        **extra,
     }
-    write_tensors(path, tensors, header, error=ResultError)
+    # One key, because safetensors writes several in an order that changes from run to run.
+    write_tensors(path, tensors, {HEADER: json.dumps(content)}, error=ResultError)
 
 
 def read(path: str | Path, cls: type, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors called ``names``, and what else the constructor takes."""
     tensors, header = read_tensors(path, error=ResultError)
-    if header.get("format") != FORMAT:
+    try:
+        content = json.loads(header.get(HEADER, "null"))
+    except ValueError as cause:
+        raise ResultError(f"{path} has a damaged header ({cause}): save the result again.") from cause
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ResultError(f"{path} is no saved result of tracin: give a file that {cls.__name__}.save wrote.")
-    if not header.get("version", "").isdecimal():
-        raise ResultError(f"{path} has no format version: it is damaged, save the result again.")
-    if int(header["version"]) > VERSION:
-        raise ResultError(
-            f"{path} is of format {header['version']}, and this tracin reads {VERSION}: upgrade it."
-        )
-    kind = header.get("type")
+    if content.get("version") != VERSION:
+        version = content.get("version")
+        raise ResultError(f"{path} is of format {version}, and this tracin reads {VERSION}: upgrade it.")
+    kind = content.get("type")
     if kind != cls.__name__:
         raise ResultError(f"{path} holds a {kind}, not a {cls.__name__}: read it with {kind}.load.")
     if sorted(tensors) != sorted(names):
         raise ResultError(
             f"{path} holds the tensors {sorted(tensors)}, not {sorted(names)}: save the result again."
         )
-    try:
-        fields = {name: json.loads(header[name]) for name in ("provenance", "notes") if name in header}
-    except ValueError as cause:
-        raise ResultError(f"{path} has a damaged header ({cause}): save the result again.") from cause
-    return tensors, fields
+    return tensors, {name: content[name] for name in ("provenance", "notes") if name in content}
 
 
 def build(path: str | Path, cls: type, tensors: Mapping[str, Any], fields: Mapping[str, Any]) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from tracin.data import Batch
+from tracin.data import Batch, to_device
 from tracin.gradients.blocks import TILE, Block, held
 from tracin.gradients.capture import recording
 from tracin.progress import progress
@@ -90,7 +90,7 @@ def _first_queries(run: Run) -> tuple[dict[tuple[str, ...], Block], float, int]:
     if source is None:
         raise RuntimeError("a plan needs queries")
     batch, value = next(run.batches(source))
-    run.gradients(source, batch, value)
+    run.gradients(source, batch, to_device(value, run.loaded.device, copy=True))
     start = time.perf_counter()
     found = run.gradients(source, batch, value)
     kept = {names: held(block, len(run.train.rows)) for names, block in found.blocks.items()}
@@ -103,7 +103,7 @@ def _first_train(run: Run) -> tuple[float, int, int]:
     with progress("plan", 0, show=False) as bar:
         tile: HeldQueries = next(hold_queries(run, run.settings.memory // 2, bar))
     batch, value = next(run.batches(run.train))
-    score_batch(run, batch, value, tile)
+    score_batch(run, batch, to_device(value, run.loaded.device, copy=True), tile)
     start = time.perf_counter()
     score_batch(run, batch, value, tile)
     seconds = time.perf_counter() - start

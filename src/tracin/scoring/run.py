@@ -117,7 +117,8 @@ class Run:
             self.keys = Keys.of(*(s.wiring for s in self.sources() if s.wiring is not None))
 
     def _wire(self, source: Source) -> None:
-        rows = list(range(min(3, source.rows.sizes[0])))
+        n = len(source.rows)
+        rows = sorted({0, n // 2, n - 1})
         source.wiring = wire(
             source.root,
             self.selection.traced,
@@ -215,13 +216,13 @@ def opened(task: Task, trajectory: Trajectory, settings: Settings, train: Any, q
     Yields:
         The run, before any checkpoint is loaded.
     """
+    selection = task.select()
     for checkpoint in trajectory:
-        checkpoint.rates(settings.weighting, [name for name, p in task.model.named_parameters() if p.requires_grad])
+        checkpoint.rates(settings.weighting, list(selection.traced))
     opening = {"batch_size": settings.batch_size, "collate": settings.collate}
     sides: list[tuple[RowSource, Any]] = [(open_rows(train, name="train", **opening), task.loss)]
     if queries is not None:
         sides.append((open_rows(queries, name="queries", **opening), task.query_loss or task.loss))
-    selection = task.select()
     with guarded(task.model, settings.device) as loaded:
         sources = [
             Source(LossModule(task.model, loss), loss, rows, loaded.device) for rows, loss in sides

@@ -149,7 +149,7 @@ def _scan(run: Run, resident: list[HeldQueries], k: int, allowed: Tensor | None)
                 run.load(index)
                 for batch in tile:
                     run.check_unchanged(run.train, batch)
-                    part = score_batch(run, batch, to_device(batch.value, run.loaded.device), queries)
+                    part = score_batch(run, batch, to_device(batch.value, run.loaded.device, copy=True), queries)
                     values[:, batch.start - first : batch.start - first + batch.size] += part.mT.cpu()
                     bar.advance(batch.size)
             ids = torch.arange(first, first + size)

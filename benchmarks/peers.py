@@ -1,0 +1,161 @@
+"""The floor and what others offer, each on the workload's own rows and checkpoint files.
+
+Every function returns scores [q, n] of the same definition, Σ_c η_c ⟨g_c(z), g_c(z')⟩, but for ``plain_pass``, which
+is the work that any gradient method has to do, and ``reference``, the judge.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.utils.data import TensorDataset
+from workloads import Rows, Workload, batches
+
+__all__ = ["captum_exact", "captum_fast", "plain_pass", "reference", "vmap_scores"]
+
+
+def rates(workload: Workload) -> list[float]:
+    return [float(checkpoint.learning_rate) for checkpoint in workload.trajectory]
+
+
+def plain_pass(workload: Workload) -> None:
+    """Load each checkpoint, then forward and backward with the parameters' gradients over train and query rows."""
+    parameters = list(workload.model.parameters())
+    for checkpoint in workload.trajectory:
+        plain_load(workload.model, checkpoint.path)
+        for rows in (workload.queries, workload.train):
+            for batch in batches(rows, workload.case.batch):
+                plain_backward(plain_forward(workload, batch), parameters)
+
+
+def plain_load(model: nn.Module, path: Path) -> None:
+    load_model(model, path)
+
+
+def plain_forward(workload: Workload, batch: Rows) -> Tensor:
+    return workload.case.loss(workload.model, batch).sum()
+
+
+def plain_backward(loss: Tensor, parameters: list[nn.Parameter]) -> None:
+    torch.autograd.grad(loss, parameters)
+
+
+def vmap_scores(workload: Workload) -> Tensor:
+    """``vmap(grad)`` over rows, gradients multiplied out and flattened, one matrix product per batch."""
+    case, total = workload.case, 0
+    model = workload.model
+
+    def loss(parameters: dict[str, Tensor], buffers: dict[str, Tensor], row: Rows) -> Tensor:
+        one = tuple(leaf[None] for leaf in row)
+        wrapped = _Call(model, {**parameters, **buffers})
+        return case.loss(wrapped, one)[0]
+
+    per_row = vmap(grad(loss), in_dims=(None, None, 0))
+    for checkpoint, rate in zip(workload.trajectory, rates(workload), strict=True):
+        load_model(model, checkpoint.path)
+        parameters = {name: p.detach() for name, p in model.named_parameters()}
+        buffers = dict(model.named_buffers())
+
+        def gradients(rows: Rows, parameters: Any = parameters, buffers: Any = buffers) -> Tensor:
+            parts = [_flat(per_row(parameters, buffers, batch)) for batch in batches(rows, case.batch)]
+            return torch.cat(parts)
+
+        queries = gradients(workload.queries)
+        scores = [queries @ gradients(batch).mT for batch in batches(workload.train, case.batch)]
+        total = total + rate * torch.cat(scores, 1)
+    return total
+
+
+class _Call:
+    """The model with other parameters, called as the loss calls a model."""
+
+    def __init__(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        self.model, self.state = model, state
+
+    def __call__(self, *args: Any) -> Tensor:
+        return functional_call(self.model, self.state, args)
+
+
+def _flat(gradients: dict[str, Tensor]) -> Tensor:
+    return torch.cat([gradient.flatten(1) for gradient in gradients.values()], 1)
+
+
+class _CaptumLoss:
+    """The workload's loss on (outputs, targets), as captum calls it: per row, or summed for its fast mode."""
+
+    def __init__(self, workload: Workload, reduction: str) -> None:
+        self.loss, self.reduction = workload.case.loss, reduction
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        losses = self.loss(lambda _: outputs, (None, targets))
+        return losses.sum() if self.reduction == "sum" else losses
+
+
+def _captum(workload: Workload, train: Rows, queries: Rows, *, fast: bool) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from captum.influence import TracInCP
+
+        method = TracInCP(
+            copy.deepcopy(workload.model),
+            TensorDataset(*train),
+            [str(checkpoint.path) for checkpoint in workload.trajectory],
+            checkpoints_load_func=_Loader(workload),
+            loss_fn=_CaptumLoss(workload, "sum" if fast else "none"),
+            batch_size=workload.case.batch,
+            sample_wise_grads_per_batch=fast,
+        )
+        return method.influence(queries).detach()
+
+
+class _Loader:
+    def __init__(self, workload: Workload) -> None:
+        self.rates = {str(c.path): rate for c, rate in zip(workload.trajectory, rates(workload), strict=True)}
+
+    def __call__(self, model: nn.Module, path: str) -> float:
+        load_model(model, path)
+        return self.rates[path]
+
+
+def captum_fast(workload: Workload) -> Tensor:
+    """Captum's per-sample mode, on all rows."""
+    return _captum(workload, workload.train, workload.queries, fast=True)
+
+
+def captum_exact(workload: Workload, rows: Sequence[int], queries: Sequence[int]) -> Tensor:
+    """Captum's slow exact path, on a few rows: for its error alone."""
+    few = [tuple(leaf[list(at)] for leaf in side) for side, at in ((workload.train, rows), (workload.queries, queries))]
+    return _captum(workload, few[0], few[1], fast=False)
+
+
+def reference(workload: Workload, rows: Sequence[int], queries: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Autograd in float64, one row at a time: scores [len(queries), len(rows)] and the rows' self-influence."""
+    model = copy.deepcopy(workload.model).double()
+    parameters = list(model.parameters())
+
+    def gradients(side: Rows, positions: Sequence[int]) -> Tensor:
+        out = []
+        for at in positions:
+            row = tuple(leaf[at : at + 1] for leaf in side)
+            row = tuple(leaf.double() if leaf.is_floating_point() else leaf for leaf in row)
+            found = torch.autograd.grad(workload.case.loss(model, row).sum(), parameters)
+            out.append(torch.cat([part.flatten() for part in found]))
+        return torch.stack(out)
+
+    scores = torch.zeros(len(queries), len(rows), dtype=torch.float64)
+    own = torch.zeros(len(rows), dtype=torch.float64)
+    for checkpoint, rate in zip(workload.trajectory, rates(workload), strict=True):
+        load_model(workload.model, checkpoint.path)
+        model.load_state_dict(workload.model.state_dict())
+        learned = gradients(workload.train, rows)
+        scores += rate * gradients(workload.queries, queries) @ learned.mT
+        own += rate * learned.square().sum(1)
+    return scores, own

@@ -1,0 +1,145 @@
+"""Where our own time goes: stages of a run, each with the time it spends itself, beside the plain pass.
+
+Functions of the library are wrapped for the time of one run. A stage that calls another is not charged for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import peers
+from measure import CLOCKS, ours, timed
+from workloads import Workload
+
+__all__ = ["profile"]
+
+# Stage → where its function is looked up when it is called: module, then attributes.
+STAGES = {
+    "open the run": ("tracin.scoring.run:guarded",),
+    "load a checkpoint": ("tracin.scoring.guard:LoadedModel.load",),
+    "find the routes": ("tracin.scoring.run:wire",),
+    "check against autograd": ("tracin.scoring.run:checked_gradients",),
+    "compare with the pass before": ("tracin.scoring.run:Run.check_unchanged",),
+    "forward": ("tracin.gradients.engine:Source.run",),
+    "count uses in the graph": ("tracin.gradients.engine:parameter_edges", "tracin.gradients.engine:irregular_names"),
+    "backward to the outputs": ("tracin.gradients.engine:_deltas",),
+    "other gradient work": ("tracin.gradients.check:batch_gradients",),
+    "blocks by rules": ("tracin.gradients.engine:rule_blocks",),
+    "blocks by vmap": ("tracin.gradients.engine:local_estimates",),
+    "blocks row by row": ("tracin.gradients.engine:_by_row_blocks",),
+    "look for NaN": ("tracin.gradients.engine:_refuse_not_finite", "tracin.scoring.passes:refuse_products"),
+    "norms": ("tracin.scoring.passes:_norms", "tracin.scoring.passes:_weighted_norm"),
+    "hold the queries": ("tracin.scoring.passes:held", "tracin.scoring.passes:_weighted", "tracin.scoring.passes:_tile"),
+    "products": ("tracin.scoring.run:dot",),
+    "merge the lists": ("tracin.scoring.top_k:merge",),
+}
+PLAIN = {"load": ("peers:plain_load",), "forward": ("peers:plain_forward",), "backward": ("peers:plain_backward",)}
+
+
+@dataclass
+class Clock:
+    """Time and calls by stage; a stack of the stages that are open."""
+
+    now: Callable[[], float]
+    seconds: Counter[str] = field(default_factory=Counter)
+    calls: Counter[str] = field(default_factory=Counter)
+    open: list[float] = field(default_factory=list)
+
+    def wrapped(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            start = self.now()
+            self.open.append(0.0)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                whole = self.now() - start
+                self.seconds[stage] += whole - self.open.pop()
+                self.calls[stage] += 1
+                if self.open:
+                    self.open[-1] += whole
+
+        return run
+
+
+def _place(path: str) -> tuple[Any, str]:
+    """The object that holds a function, and the function's name there."""
+    module, _, attributes = path.partition(":")
+    *parents, name = attributes.split(".")
+    holder = functools.reduce(getattr, parents, importlib.import_module(module))
+    if not hasattr(holder, name):
+        raise SystemExit(f"benchmarks/stages.py names {path}, which the library no longer has: update STAGES.")
+    return holder, name
+
+
+@contextmanager
+def stages(places: Mapping[str, Sequence[str]], now: Callable[[], float]) -> Iterator[Clock]:
+    """Clock these stages inside the block."""
+    clock, before = Clock(now), []
+    try:
+        for stage, paths in places.items():
+            for path in paths:
+                holder, name = _place(path)
+                before.append((holder, name, getattr(holder, name)))
+                setattr(holder, name, clock.wrapped(stage, getattr(holder, name)))
+        yield clock
+    finally:
+        for holder, name, function in reversed(before):
+            setattr(holder, name, function)
+
+
+def profile(workload: Workload, verb: str, rounds: int, clock: str) -> list[str]:
+    """The stages of one verb, medians over rounds, as lines to print.
+
+    Args:
+        workload: Model, rows and checkpoints.
+        verb: ``"influence"``, ``"top_k"`` or ``"self_influence"``.
+        rounds: Rounds, each beside a plain pass.
+        clock: ``"wall"`` or ``"cpu"``.
+
+    Returns:
+        The lines.
+    """
+    method, now = ours(workload), CLOCKS[clock]
+    sides = (workload.train,) if verb == "self_influence" else (workload.train, workload.queries)
+
+    def run() -> Any:
+        return getattr(method, verb)(*sides)
+
+    peers.plain_pass(workload)
+    run()
+    passes, totals, plain, clocks = [], [], [], []
+    for _ in range(rounds):
+        with stages(PLAIN, now) as found:
+            passes.append(timed(lambda: peers.plain_pass(workload), now)[0])
+        plain.append(found)
+        with stages(STAGES, now) as found:
+            totals.append(timed(run, now)[0])
+        clocks.append(found)
+    floor, total = statistics.median(passes), statistics.median(totals)
+    return [
+        f"{workload.case.title}, {verb}: {total:.3f} s, plain pass {floor:.3f} s, ratio {total / floor:.2f} "
+        f"({rounds} rounds, {clock} seconds)",
+        *_listed("stages of the plain pass", plain, PLAIN, floor, floor),
+        *_listed(f"stages of {verb}", clocks, STAGES, total, floor),
+    ]
+
+
+def _listed(title: str, clocks: Sequence[Clock], places: Mapping[str, Any], total: float, floor: float) -> list[str]:
+    """One line per stage, the longest first."""
+    seconds = {stage: statistics.median(clock.seconds[stage] for clock in clocks) for stage in places}
+    calls = clocks[-1].calls
+    seconds["everything else"] = max(0.0, total - sum(seconds.values()))
+    lines = [f"  {title:32} {'calls':>6} {'seconds':>8} {'ms/call':>8} {'× pass':>7}"]
+    for stage, spent in sorted(seconds.items(), key=lambda item: -item[1]):
+        if calls[stage] or stage == "everything else":
+            each = f"{1000 * spent / calls[stage]:8.2f}" if calls[stage] else " " * 8
+            lines.append(f"  {stage:32} {calls[stage]:6d} {spent:8.3f} {each} {spent / floor:7.3f}")
+    return lines

@@ -1,0 +1,120 @@
+"""Rows of a study as the cards that plots and report draw."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from tracin.checkpoints import Trajectory
+from tracin.explain import Attribution, Target, evaluate_rows
+from tracin.methods import TracInCP
+from tracin.plots import Card, Explanation, LossPath
+from tracin.scoring.evaluation import Evaluation
+from tracin.study import Study
+
+__all__ = ["Known", "Rows", "explanation", "known", "known_of", "steps_of", "target_words"]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a row: its class and the class predicted, where the task has classes."""
+
+    label: int | None = None
+    predicted: int | None = None
+
+
+def known(evaluation: Evaluation, rows: Sequence[int]) -> dict[int, Known]:
+    """Label and prediction of evaluated rows, by position."""
+    if evaluation.labels is None or evaluation.logits is None:
+        return {row: Known() for row in rows}
+    pairs = zip(rows, evaluation.labels.tolist(), evaluation.predicted().tolist(), strict=True)
+    return {row: Known(label, predicted) for row, label, predicted in pairs}
+
+
+def known_of(method: TracInCP, train: object, rows: Sequence[int]) -> dict[int, Known]:
+    """Label and prediction at the last checkpoint of some training rows, by position."""
+    last = Trajectory([method.trajectory[-1]])
+    chosen = list(dict.fromkeys(rows))
+    return known(evaluate_rows(method, train, chosen, name="train", trajectory=last), chosen)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Makes cards of the rows of one side of a study.
+
+    Args:
+        study: The study.
+        side: Which rows.
+        facts: Label and prediction by position.
+        true_labels: The labels before wrong ones were planted.
+    """
+
+    study: Study
+    side: Literal["train", "test"]
+    facts: Mapping[int, Known]
+    true_labels: Tensor | None = None
+
+    def card(self, row: int, score: float | None = None) -> Card:
+        """The card of a row."""
+        fact = self.facts[row]
+        true = None if self.true_labels is None else int(self.true_labels[row])
+        asked = self.side == "test" and fact.label is not None
+        return Card(
+            self.study.shown(self.side, row),
+            row=row,
+            label=self.name(fact.label),
+            true_label=self.name(true),
+            predicted=self.name(fact.predicted),
+            correct=fact.label == fact.predicted if asked else None,
+            score=score,
+        )
+
+    def name(self, label: int | None) -> str | None:
+        """The name of a class."""
+        return None if label is None else self.study.class_name(label)
+
+
+def target_words(study: Study, target: Target) -> str:
+    """Whose loss is explained, in words."""
+    if target.number is None:
+        return "the row itself"
+    name = study.class_name(target.number)
+    return {
+        "predicted": f"the predicted class, {name}",
+        "label": f"the label, {name}",
+        "class": f"the class {name}",
+    }[target.kind]
+
+
+def steps_of(trajectory: Trajectory) -> list[int]:
+    """The step of each checkpoint, or its place from 1 on where a step is unknown."""
+    steps = [checkpoint.step for checkpoint in trajectory if checkpoint.step is not None]
+    return steps if len(steps) == len(trajectory) else list(range(1, len(trajectory) + 1))
+
+
+def explanation(attribution: Attribution, method: TracInCP, train: Rows, top: int) -> Explanation:
+    """The cards of one target of one query, with its loss along the trajectory."""
+    lists = attribution.top_k(top)
+    sides = [
+        tuple(
+            train.card(row, score)
+            for row, score in zip(side.ids[0].tolist(), side.values[0].tolist(), strict=True)
+        )
+        for side in (lists.proponents, lists.opponents)
+    ]
+    asked = Known(attribution.label, attribution.predicted)
+    return Explanation(
+        query=Rows(train.study, "test", {attribution.query: asked}).card(attribution.query),
+        proponents=sides[0],
+        opponents=sides[1],
+        target=target_words(train.study, attribution.target),
+        path=LossPath(
+            steps=tuple(steps_of(method.trajectory)),
+            losses=attribution.losses.double(),
+            contributions=attribution.contributions.double(),
+            train_ids=lists.proponents.ids.new_tensor(range(attribution.contributions.shape[1])),
+        ),
+    )

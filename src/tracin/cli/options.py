@@ -1,0 +1,184 @@
+"""What the commands take, as tyro reads it: one dataclass per command, its docstrings are the help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro  # noqa: TID253  loaded with the command, not with the library
+
+from tracin.methods import TracInCP
+from tracin.study import Study
+
+__all__ = ["Audit", "Command", "Demo", "Explain", "Output", "Plan", "Settings", "Verify", "parse"]
+
+Format = Literal["csv", "parquet", "json"]
+StudyFile = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE.py")]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run."""
+
+    weighting: Literal["learning_rate", "integrated", "uniform"] = "learning_rate"
+    """What weighs a checkpoint: the rate of the last step before it, the sum of the rates since the checkpoint
+    before, or 1."""
+
+    batch_size: int = 256
+    """Rows per batch, where the data does not batch itself."""
+
+    device: str = "auto"
+    """Where to run, such as cpu or cuda:0. auto: where the model lies, or the GPU if there is one."""
+
+    memory: str = "2GiB"
+    """Bound on gradients held at a time. More means fewer passes."""
+
+    quiet: bool = False
+    """Show no progress."""
+
+    debug: bool = False
+    """Show the whole traceback of an error."""
+
+    def method(self, study: Study, normalize: bool = False) -> TracInCP:
+        """TracInCP with these settings."""
+        return TracInCP(
+            study.task,
+            study.trajectory,
+            weighting=self.weighting,
+            normalize=normalize,
+            batch_size=self.batch_size,
+            device=self.device,
+            memory=self.memory,
+            progress=not self.quiet,
+        )
+
+
+@dataclass(frozen=True)
+class Output:
+    """What to write."""
+
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Folder to write into. Made if it is missing; files of the same names are replaced."""
+
+    format: tuple[Format, ...] = ("csv",)
+    """How to write tables; one or several of csv, parquet and json."""
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Trace handwritten digits, one label in ten made wrong on purpose.
+
+    Trains a small network with checkpoints, checks the scores against autograd, looks for the wrong labels and
+    explains three predictions. Writes report.html, pictures and tables. Takes less than a minute.
+    """
+
+    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("demo")
+    """Folder to write into. Made if it is missing; files of the same names are replaced."""
+
+    format: tuple[Format, ...] = ("csv",)
+    """How to write tables; one or several of csv, parquet and json."""
+
+    seed: int = 0
+    """Which split, which wrong labels, which initial weights."""
+
+    epochs: int = 10
+    """Passes of the training over its rows."""
+
+    quiet: bool = False
+    """Show no progress."""
+
+    debug: bool = False
+    """Show the whole traceback of an error."""
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Find wrong labels: rank the training rows by their influence on themselves.
+
+    Prints the first suspects. With --out writes all rows as a table, the scores with where they come from
+    (self_influence.safetensors), and report.html.
+    """
+
+    file: StudyFile
+    """A Python file that defines study() -> tracin.Study."""
+
+    top: int = 20
+    """How many suspects to print and to show in the report."""
+
+    output: tyro.conf.OmitArgPrefixes[Output] = field(default_factory=Output)
+    settings: tyro.conf.OmitArgPrefixes[Settings] = field(default_factory=Settings)
+
+
+@dataclass(frozen=True)
+class Explain:
+    """Explain predictions: the training rows that taught one, and those that spoke against it.
+
+    With --out writes the table, a picture sheet, the loss along training with each checkpoint's contribution,
+    and report.html.
+    """
+
+    file: StudyFile
+    """A Python file that defines study() -> tracin.Study."""
+
+    query: Annotated[tuple[int, ...], tyro.conf.arg(metavar="ROW [ROW ...]")]
+    """Positions of the test rows to explain."""
+
+    target: Annotated[str | None, tyro.conf.arg(metavar="predicted|label|CLASS")] = None
+    """Whose loss to explain: the predicted class, the label, or a class by name or number. For a wrong prediction,
+    predicted also explains the label: what opposed the right class. By default predicted, or label where the task
+    has no classes."""
+
+    top: int = 5
+    """How many proponents and opponents to list."""
+
+    normalize: bool = False
+    """Compare directions of gradients instead of products, so that rows with long gradients do not lead every list."""
+
+    output: tyro.conf.OmitArgPrefixes[Output] = field(default_factory=Output)
+    settings: tyro.conf.OmitArgPrefixes[Settings] = field(default_factory=Settings)
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Check exactness on this model: gradients of random rows against autograd, one row at a time.
+
+    Prints the largest error and how each parameter was traced. Exits with 1 where the two differ.
+    """
+
+    file: StudyFile
+    """A Python file that defines study() -> tracin.Study."""
+
+    rows: int = 8
+    """How many training rows to compare, at every checkpoint."""
+
+    seed: int = 0
+    """Which rows."""
+
+    output: tyro.conf.OmitArgPrefixes[Output] = field(default_factory=Output)
+    settings: tyro.conf.OmitArgPrefixes[Settings] = field(default_factory=Settings)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tell memory, time, passes and routes of tracing the test rows to the training rows, before any run."""
+
+    file: StudyFile
+    """A Python file that defines study() -> tracin.Study."""
+
+    queries: int | None = None
+    """Plan for this many test rows instead of all."""
+
+    output: tyro.conf.OmitArgPrefixes[Output] = field(default_factory=Output)
+    settings: tyro.conf.OmitArgPrefixes[Settings] = field(default_factory=Settings)
+
+
+Command = Demo | Audit | Explain | Verify | Plan
+
+_SUMMARY = "Trace the predictions of a PyTorch model back to the training rows that taught them."
+
+
+def parse(args: list[str] | None = None) -> Command:
+    """The command of an argument list; tyro prints help and mistakes and exits."""
+    commands = Annotated[Command, tyro.conf.FlagCreatePairsOff]  # type: ignore[valid-type]
+    return tyro.cli(commands, prog="tracin", description=_SUMMARY, args=args)  # type: ignore[return-value]
