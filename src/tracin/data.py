@@ -89,7 +89,7 @@ def user_code(what: str, rows: Sequence[int], where: str = "") -> Iterator[None]
 
 def describe_rows(rows: Sequence[int]) -> str:
     """``"row 3"``, ``"rows 0-99"`` or a short list."""
-    rows = list(rows)
+    rows = list(dict.fromkeys(rows))
     if len(rows) == 1:
         return f"row {rows[0]}"
     if rows and rows == list(range(rows[0], rows[0] + len(rows))):
@@ -167,10 +167,18 @@ class _DatasetRows:
 
     def take(self, rows: Sequence[int]) -> Any:
         rows = list(rows)
-        with user_code(f"the {self.name} dataset", rows):
-            many = getattr(self._dataset, "__getitems__", None)
-            items = many(rows) if callable(many) else [self._dataset[row] for row in rows]
-            return self._collate(list(items))
+        many = getattr(self._dataset, "__getitems__", None)
+        if callable(many):
+            with user_code(f"the {self.name} dataset", rows):
+                items = list(many(rows))
+        else:
+            items = [self._item(row) for row in rows]
+        with user_code(f"the collate function of {self.name}", rows):
+            return self._collate(items)
+
+    def _item(self, row: int) -> Any:
+        with user_code(f"the {self.name} dataset", [row]):
+            return self._dataset[row]
 
 
 class _LoaderRows(_DatasetRows):
@@ -211,7 +219,8 @@ def _loader_sizes(loader: DataLoader, name: str) -> list[int]:
     if type(loader.sampler) is SequentialSampler and loader.batch_size is not None:
         return _even_sizes(n, loader.batch_size)
     sampler = type(loader.sampler if loader.batch_size is not None else loader.batch_sampler).__name__
-    order = [list(rows) for rows in loader.batch_sampler] if "Random" not in sampler else []
+    with torch.random.fork_rng(devices=[]):  # listing must not draw from the user's random state
+        order = [list(rows) for rows in loader.batch_sampler] if "Random" not in sampler else []
     if [row for rows in order for row in rows] != list(range(n)):
         raise DataError(
             f"{name}: the loader's {sampler} does not read the rows in order, so scores could not be matched to rows. "
@@ -251,7 +260,7 @@ def open_rows(data: Any, *, name: str, batch_size: int, collate: Callable[[list]
         raise DataError(f"{name}: an IterableDataset has no row positions. Use a map-style Dataset (with __getitem__).")
     elif isinstance(data, tuple | Mapping | Tensor):
         rows = _TensorRows(data, batch_size, name)
-    elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+    elif hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, str | bytes):
         rows = _DatasetRows(data, _even_sizes(len(data), batch_size), collate or default_collate, name)
     else:
         raise DataError(

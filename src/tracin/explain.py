@@ -8,6 +8,7 @@ Axis letters: c checkpoints · q queries · n train rows.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -226,9 +227,7 @@ def losses_of(method: TracInCP, train: Any) -> Evaluation:
 
 
 def _open(method: TracInCP, data: Any, name: str) -> RowSource:
-    return open_rows(
-        data, name=name, batch_size=method.settings.batch_size, collate=method.settings.collate
-    )
+    return open_rows(data, name=name, batch_size=method.settings.batch_size, collate=method.settings.collate)
 
 
 def _refuse_outside(source: RowSource, rows: Sequence[int]) -> None:
@@ -319,8 +318,6 @@ def _class_loss(task: Task) -> Callable[[nn.Module, Any], Tensor]:
 
 def _with_task(method: TracInCP, task: Task) -> TracInCP:
     """The same method on another task; it was warned of its trajectory when it was made."""
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return TracInCP(task, method.trajectory, **vars(method.settings))
@@ -341,6 +338,8 @@ def _contributions(
                     bar.grow(n if tile.start else 0)
                     into = values[index, tile.start : tile.start + tile.size]
                     for batch, value in run.batches(run.train):
-                        into[:, batch.start : batch.start + batch.size] = score_batch(run, batch, value, tile).mT.cpu()
+                        into[:, batch.start : batch.start + batch.size] = score_batch(
+                            run, batch, value, tile
+                        ).mT.cpu()
                         bar.advance(batch.size)
         return values, method._provenance(run, "explain")

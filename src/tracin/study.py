@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.abc import Loader
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -146,7 +147,9 @@ def _look(value: Any) -> Any:
         value = np.asarray(value)
     shape = tuple(getattr(value, "shape", ()))
     grey = len(shape) == 2 and min(shape) > 1
-    colour = len(shape) == 3 and min(sorted(shape)[1:]) > 1 and (shape[0] in (1, 3, 4) or shape[2] in (1, 3, 4))
+    colour = (
+        len(shape) == 3 and min(sorted(shape)[1:]) > 1 and (shape[0] in (1, 3, 4) or shape[2] in (1, 3, 4))
+    )
     return value if grey or colour else _told(value)
 
 
@@ -192,10 +195,9 @@ def study_file(path: str | Path) -> Iterator[Study]:
         StudyError: There is no such Python file, or it has no ``study()`` that returns a ``Study``.
     """
     file = _python_file(Path(path))
-    with _importable(file) as module:
+    with _importable(file) as (module, loader):
         with _raised_in(file, "the file"):
-            assert module.__spec__ is not None and module.__spec__.loader is not None
-            module.__spec__.loader.exec_module(module)
+            loader.exec_module(module)
         function = getattr(module, "study", None)
         if not callable(function):
             found = "has no study()" if function is None else f"has a {type(function).__name__} called study"
@@ -225,18 +227,19 @@ def _python_file(path: Path) -> Path:
 
 
 @contextmanager
-def _importable(file: Path) -> Iterator[ModuleType]:
+def _importable(file: Path) -> Iterator[tuple[ModuleType, Loader]]:
     """The file as a module not yet run, with its folder first on the path; all of it is undone afterwards."""
     name = f"tracin_study_{file.stem}"
     spec = spec_from_file_location(name, file)
     assert spec is not None
+    assert spec.loader is not None
     module = module_from_spec(spec)
     folder, path, modules = str(file.parent), list(sys.path), set(sys.modules)
     before = sys.modules.get(name)
     sys.path.insert(0, folder)
     sys.modules[name] = module
     try:
-        yield module
+        yield module, spec.loader
     finally:
         sys.path[:] = path
         if before is None:
@@ -254,7 +257,8 @@ def _beside(name: str, folder: Path) -> bool:
     top = sys.modules.get(name.partition(".")[0]) or sys.modules.get(name)
     places = [getattr(top, "__file__", None), *getattr(top, "__path__", ())]
     return any(
-        place is not None and folder in (Path(place).parent, Path(place).parent.parent)
+        place is not None
+        and folder in (Path(place).parent, Path(place).parent.parent)
         and name.partition(".")[0] in (Path(place).stem, Path(place).name, Path(place).parent.name)
         for place in places
     )
@@ -268,7 +272,9 @@ def _raised_in(file: Path, what: str) -> Iterator[None]:
     except (TracinError, KeyboardInterrupt):
         raise
     except (Exception, SystemExit) as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        lines = [
+            frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)
+        ]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
         place = f"{file}, line {line}" if line else str(file)
         told = " ".join(str(error).split())

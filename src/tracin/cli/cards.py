@@ -80,7 +80,7 @@ class Rows:
 def target_words(study: Study, target: Target) -> str:
     """Whose loss is explained, in words."""
     if target.number is None:
-        return "the row itself"
+        return "its own target"
     name = study.class_name(target.number)
     return {
         "predicted": f"the predicted class, {name}",

@@ -29,7 +29,16 @@ from tracin.plots import Explanation, picture_sheet, png, trajectory_figure
 from tracin.report import Fact, ReportData, render_report
 from tracin.study import Study, study_file
 
-__all__ = ["Explained", "audit", "explain_rows", "explained", "plan", "save_explained", "save_report", "verify"]
+__all__ = [
+    "Explained",
+    "audit",
+    "explain_rows",
+    "explained",
+    "plan",
+    "save_explained",
+    "save_report",
+    "verify",
+]
 
 
 def audit(command: options.Audit) -> int:
@@ -42,12 +51,14 @@ def audit(command: options.Audit) -> int:
         losses = losses_of(method, study.train)
         records = suspect_records(study, own, losses)
         tell_coverage(own)
-        tell_suspects(records, command.top)
+        tell_suspects(study, records, command.top)
         if folder:
             folder.table("suspects", records)
             own.save(folder.path("self_influence.safetensors"))
             rows = Rows(study, "train", known(losses, range(len(records))))
-            cards = [rows.card(record["train"], record["self_influence"]) for record in records[: command.top]]
+            cards = [
+                rows.card(record["train"], record["self_influence"]) for record in records[: command.top]
+            ]
             save_report(folder, _audit_report(command, tuple(cards), dict(own.provenance), len(records)))
     folder.tell()
     return 0
@@ -95,7 +106,9 @@ def explained(
         One for each attribution.
     """
     lists = [each.top_k(top) for each in attributions]
-    ids = [row for each in lists for side in (each.proponents, each.opponents) for row in side.ids[0].tolist()]
+    ids = [
+        row for each in lists for side in (each.proponents, each.opponents) for row in side.ids[0].tolist()
+    ]
     facts = known_of(method, study.train, ids)
     rows = Rows(study, "train", facts, true_labels)
     return [Explained(each, explanation(each, method, rows, top), facts) for each in attributions]
@@ -134,14 +147,19 @@ def explain_rows(command: options.Explain) -> int:
 
 def save_explained(folder: Folder, method: TracInCP, study: Study, ready: list[Explained]) -> None:
     """The tables of explanations."""
-    lists = [row for each in ready for row in influence_records(study, each.attribution, each.shown, each.facts)]
+    lists = [
+        row for each in ready for row in influence_records(study, each.attribution, each.shown, each.facts)
+    ]
     paths = [row for each in ready for row in contribution_records(method, each.attribution, each.shown)]
     folder.table("explanations", lists)
     folder.table("trajectory", paths)
 
 
 def _save_figures(folder: Folder, each: Explained) -> None:
-    for name, figure in (("explanation", picture_sheet(each.shown)), ("trajectory", trajectory_figure(each.shown))):
+    for name, figure in (
+        ("explanation", picture_sheet(each.shown)),
+        ("trajectory", trajectory_figure(each.shown)),
+    ):
         with folder.file(f"{name}-{each.name}.png") as path:
             path.write_bytes(png(figure))
 

@@ -62,10 +62,10 @@ def run(command: options.Demo) -> int:
         0, or 1 where the scores differ from autograd's.
 
     Raises:
-        OptionError: Fewer than two epochs.
+        OptionError: No epoch.
     """
-    if command.epochs < 2:
-        raise OptionError(f"--epochs is {command.epochs}: give at least 2, one for each checkpoint's worth of training.")
+    if command.epochs < 1:
+        raise OptionError(f"--epochs is {command.epochs}: give at least 1; each leaves a checkpoint.")
     folder = Folder(command.out, command.format, figures=True)
     start = time.perf_counter()
     with _one_thread():
@@ -73,7 +73,9 @@ def run(command: options.Demo) -> int:
         traced = _trace(command, data, study)
         _save(folder, traced)
     folder.tell()
-    say(f"Open {command.out / 'report.html'} in a browser. The demo took {time.perf_counter() - start:.1f} s.")
+    say(
+        f"Open {command.out / 'report.html'} in a browser. The demo took {time.perf_counter() - start:.1f} s."
+    )
     return 0 if traced.found.exact else 1
 
 
@@ -121,14 +123,16 @@ def _trace(command: options.Demo, data: Digits, study: Study) -> Traced:
 
     own = method.self_influence(study.train)
     losses = losses_of(method, study.train)
-    tell_suspects(suspect_records(study, own, losses, data.planted), PRINTED)
+    tell_suspects(study, suspect_records(study, own, losses, data.planted), PRINTED)
     curves = {
         "self-influence": DetectionCurve(own.values, data.planted),
         "mean loss": DetectionCurve(losses.losses.mean(0), data.planted),
     }
     heading("How many of the planted wrong labels are found?")
     table([_detected(name, curve) for name, curve in curves.items()])
-    say("Mean loss over the same checkpoints is the baseline: no gradients, and no telling which rows taught what.")
+    say(
+        "Mean loss over the same checkpoints is the baseline: no gradients, and no telling which rows taught what."
+    )
 
     attributions = explain(method, study.train, study.test, _three(tests, data.test[1]))
     ready = explained(method, study, attributions, LISTED, data.true_labels)
@@ -161,7 +165,10 @@ def _three(tests: Evaluation, labels: Tensor) -> list[int]:
 
 
 def _save(folder: Folder, traced: Traced) -> None:
-    study, records = traced.study, suspect_records(traced.study, traced.own, traced.losses, traced.data.planted)
+    study, records = (
+        traced.study,
+        suspect_records(traced.study, traced.own, traced.losses, traced.data.planted),
+    )
     folder.table("suspects", records)
     folder.table("parameters", parameter_records(traced.found))
     save_explained(folder, traced.method, study, traced.ready)
@@ -185,9 +192,9 @@ def _report(traced: Traced, cards: tuple) -> ReportData:
     return ReportData(
         title="Handwritten digits, traced",
         summary=(
-            f"{int(data.planted.sum())} of {len(data.true_labels):,} training labels were made wrong on purpose. A small "
-            f"CNN was trained on them, {len(traced.study.trajectory)} checkpoints were kept, and every number below "
-            "was computed from these."
+            f"{int(data.planted.sum())} of {len(data.true_labels):,} training labels were made wrong on purpose. A "
+            f"small CNN was trained on them, {len(traced.study.trajectory)} checkpoints were kept, and every number "
+            "below was computed from these."
         ),
         facts=(Fact("Test rows right", percent(traced.accuracy), f"of {len(data.test[1])}"),),
         check=Check(

@@ -22,7 +22,6 @@ __all__ = ["Digits", "digits", "fit", "network", "study_of"]
 TEST_SHARE = 0.2
 BATCH = 32
 RATE, DECAY = 0.3, 0.8
-SAVE_EVERY = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +57,9 @@ def digits(seed: int = 0, flipped: float = 0.1) -> Digits:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise MissingExtraError("the demo's digits come with scikit-learn: pip install 'tracin[demo]'") from error
+        raise MissingExtraError(
+            "the demo's digits come with scikit-learn: pip install 'tracin[demo]'"
+        ) from error
     images, classes = (np.asarray(part) for part in load_digits(return_X_y=True))
     order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed))
     pictures = torch.as_tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8)[order] / 16.0
@@ -92,9 +93,15 @@ def network(seed: int = 0) -> nn.Sequential:
 
 
 def fit(
-    model: nn.Module, train: tuple[Tensor, Tensor], folder: Path, *, seed: int = 0, epochs: int = 10, show: bool = False
+    model: nn.Module,
+    train: tuple[Tensor, Tensor],
+    folder: Path,
+    *,
+    seed: int = 0,
+    epochs: int = 10,
+    show: bool = False,
 ) -> Trajectory:
-    """Train with plain SGD and a decaying rate, saving a checkpoint every second epoch.
+    """Train with plain SGD and a decaying rate, saving a checkpoint after every epoch.
 
     Args:
         model: The network; trained in place.
@@ -112,16 +119,18 @@ def fit(
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=DECAY)
     generator = torch.Generator().manual_seed(seed)
     steps = 0
-    with CheckpointRecorder(folder, model, optimizer) as recorder, progress("training", epochs, show=show) as bar:
-        for epoch in range(1, epochs + 1):
+    with (
+        CheckpointRecorder(folder, model, optimizer) as recorder,
+        progress("training", epochs, show=show) as bar,
+    ):
+        for _ in range(epochs):
             for rows in torch.randperm(len(labels), generator=generator).split(BATCH):
                 optimizer.zero_grad()
                 F.cross_entropy(model(inputs[rows]), labels[rows]).backward()
                 optimizer.step()
                 steps += 1
             scheduler.step()
-            if epoch % SAVE_EVERY == 0 or epoch == epochs:
-                recorder.save(step=steps)
+            recorder.save(step=steps)
             bar.advance(1)
         return Trajectory([replace(saved, state=saved.load()) for saved in recorder.trajectory()])
 

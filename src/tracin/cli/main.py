@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from tracin.cli import commands, demo, options
 from tracin.cli.printing import clean
 from tracin.errors import TracinError, UserCodeError
 
@@ -46,8 +47,6 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _run(args: list[str] | None) -> int:
-    from tracin.cli import commands, demo, options
-
     runs: dict[type, Callable[[Any], int]] = {
         options.Demo: demo.run,
         options.Audit: commands.audit,
@@ -68,5 +67,5 @@ def _plain_warnings() -> Iterator[None]:
         print(f"tracin: note: {clean(str(message))}", file=sys.stderr)
 
     with warnings.catch_warnings():
-        warnings.showwarning = show  # type: ignore[assignment]
+        warnings.showwarning = show
         yield

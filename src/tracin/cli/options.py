@@ -180,5 +180,5 @@ _SUMMARY = "Trace the predictions of a PyTorch model back to the training rows t
 
 def parse(args: list[str] | None = None) -> Command:
     """The command of an argument list; tyro prints help and mistakes and exits."""
-    commands = Annotated[Command, tyro.conf.FlagCreatePairsOff]  # type: ignore[valid-type]
-    return tyro.cli(commands, prog="tracin", description=_SUMMARY, args=args)  # type: ignore[return-value]
+    commands = Annotated[Command, tyro.conf.FlagCreatePairsOff]
+    return tyro.cli(commands, prog="tracin", description=_SUMMARY, args=args)

@@ -39,7 +39,9 @@ class Folder:
         if out is None:
             return
         if "parquet" in self.formats:
-            _require("pyarrow", "--format parquet needs pyarrow: pip install 'tracin[eval]', or use csv or json")
+            _require(
+                "pyarrow", "--format parquet needs pyarrow: pip install 'tracin[eval]', or use csv or json"
+            )
         if figures:
             _require("matplotlib", "the figures need matplotlib: pip install 'tracin[plot]'")
         _probe(out)

@@ -13,7 +13,7 @@ _LONGEST = 60
 
 
 def clean(text: str) -> str:
-    """One line of text; a character that would control the terminal becomes ``�``.
+    r"""One line of text; a character that would control the terminal becomes ``�``.
 
     Args:
         text: Any text.
@@ -22,7 +22,7 @@ def clean(text: str) -> str:
         Printable text.
 
     Example:
-        >>> clean("boot\\x1b[2J")
+        >>> clean("boot\x1b[2J")
         'boot�[2J'
     """
     return "".join(char if char.isprintable() else " " if char.isspace() else "�" for char in text)
@@ -82,13 +82,7 @@ def table(rows: Sequence[Mapping[str, Any]], title: str = "") -> None:
     from rich.text import Text
 
     names = [name for name in rows[0] if any(row[name] is not None for row in rows)] if rows else []
-    shown = Table(
-        title=Text(clean(title), style=_style("bold")) if title else None,
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        show_edge=False,
-    )
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for name in names:
         numeric = all(isinstance(row[name], int | float | None) for row in rows)
         shown.add_column(Text(clean(name)), justify="right" if numeric else "left", overflow="ellipsis")
@@ -96,6 +90,8 @@ def table(rows: Sequence[Mapping[str, Any]], title: str = "") -> None:
         shown.add_row(*(Text(_cell(row[name])) for name in names))
     console = _console()
     console.print()
+    if title:
+        console.print(Text(clean(title)))
     console.print(shown)
 
 

@@ -96,7 +96,9 @@ def influence_records(
 def contribution_records(method: TracInCP, attribution: Attribution, shown: Explanation) -> list[Record]:
     """The loss at each checkpoint, and the scores of all training rows there."""
     assert shown.path is not None
-    sums = zip(attribution.losses.tolist(), shown.path.lowered.tolist(), shown.path.raised.tolist(), strict=True)
+    sums = zip(
+        attribution.losses.tolist(), shown.path.lowered.tolist(), shown.path.raised.tolist(), strict=True
+    )
     steps = steps_of(method.trajectory)
     return [
         {

@@ -28,8 +28,8 @@ def tell_coverage(own: SelfInfluence) -> None:
     say(f"{traced:,} of {sum(routes.values()):,} parameters traced ({told}), checked against autograd.")
 
 
-def tell_suspects(records: Sequence[Mapping[str, Any]], top: int) -> None:
-    """The first suspects."""
+def tell_suspects(study: Study, records: Sequence[Mapping[str, Any]], top: int) -> None:
+    """The first suspects, with what is shown of them where that is words."""
     heads = {
         "rank": "rank",
         "train": "row",
@@ -39,12 +39,17 @@ def tell_suspects(records: Sequence[Mapping[str, Any]], top: int) -> None:
         "mean_loss": "mean loss",
         "self_influence": "self-influence",
         "planted": "planted",
+        "shown": "shown",
     }
     rows = []
     for record in records[:top]:
-        named = {**record, **{name: record.get(f"{name}_name", record.get(name)) for name in ("label", "predicted")}}
+        named = {
+            **record,
+            **{name: record.get(f"{name}_name", record.get(name)) for name in ("label", "predicted")},
+        }
         if "planted" in record:
             named["planted"] = "yes" if record["planted"] else ""
+        named["shown"] = _as_text(Card(study.shown("train", record["train"])))
         rows.append({head: named.get(name) for name, head in heads.items()})
     heading(f"Suspects: the {len(rows)} most self-influential of {len(records):,} training rows")
     table(rows)
@@ -72,7 +77,9 @@ def tell_attribution(study: Study, attribution: Attribution, shown: Explanation,
         say()
     say(f"The loss of {target_words(study, target)}: " + (along if len(losses) > 1 else number(losses[0])))
     paired = wrong and target.kind in ("predicted", "label")
-    taught = f"What taught {query.predicted}, the wrong class" if paired and target.kind == "predicted" else None
+    taught = (
+        f"What taught {query.predicted}, the wrong class" if paired and target.kind == "predicted" else None
+    )
     opposed = f"What opposed {query.label}, the right class" if paired and target.kind == "label" else None
     table(_lines(shown.proponents), taught or "Proponents: training on them lowered this loss")
     table(_lines(shown.opponents), opposed or "Opponents: training on them raised it")

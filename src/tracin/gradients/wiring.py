@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tracin.errors import UserCodeError
 from tracin.gradients import local, reference, shared
 from tracin.gradients.agreement import accumulation_dtype, is_zero, relative_error, tolerance
 from tracin.gradients.blocks import Block, Sum
@@ -43,13 +42,13 @@ LOSS = "(loss)"
 class LossModule(nn.Module):
     """The user's loss as a module around the user's model, so that the loss is one more place to run vmap."""
 
-    def __init__(self, model: nn.Module, losses_of: Callable[[nn.Module, Any], Tensor]) -> None:
+    def __init__(self, model: nn.Module, losses_of: Callable[[nn.Module, Any], Any]) -> None:
         super().__init__()
         self.model = model
         self._losses_of = losses_of
 
-    def forward(self, value: Any) -> Tensor:
-        """The losses [n] of a batch."""
+    def forward(self, value: Any) -> Any:
+        """What the user's loss returns for a batch; the caller holds it to the contract."""
         return self._losses_of(self.model, value)
 
 
@@ -452,10 +451,7 @@ def wire(
         UserCodeError: The model cannot run three or four of its rows.
     """
     rows = [rows[at % len(rows)] for at in range(3)]
-    try:
-        probe = _probe(root, run, traced, take, rows)
-    except UserCodeError as error:
-        raise UserCodeError(f"while probing the model with batches of three and four rows, {error}") from error.__cause__
+    probe = _probe(root, run, traced, take, rows)
     unused = [name for name in traced if probe.graph.uses(name) == 0]
     pending = {
         name

@@ -191,7 +191,7 @@ def guarded(model: nn.Module, device: str | torch.device = "auto") -> Iterator[L
         # cuDNN's recurrent layers have no backward pass in eval mode.
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             torch.backends.cudnn.enabled = False
-        with _eager():
+        with _eager(), torch.inference_mode(False), torch.enable_grad():
             yield LoadedModel(model, target, working)
     finally:
         torch.backends.cudnn.enabled = cudnn

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from tracin.checkpoints import Trajectory
 from tracin.data import Batch, RowSource, open_rows, row_checksums, to_device
-from tracin.errors import DataError, NotFiniteError, OptionError
+from tracin.errors import DataError, LossError, NotFiniteError, OptionError, UserCodeError
 from tracin.gradients.agreement import accumulation_dtype
 from tracin.gradients.blocks import Block, dot
-from tracin.gradients.check import checked_gradients
+from tracin.gradients.check import checked_gradients, refuse_mixing
 from tracin.gradients.engine import BatchGradients, Keys, Source, name_not_finite
 from tracin.gradients.wiring import LossModule, wire
 from tracin.scoring.guard import LoadedModel, guarded
@@ -119,13 +119,19 @@ class Run:
     def _wire(self, source: Source) -> None:
         n = len(source.rows)
         rows = sorted({0, n // 2, n - 1})
-        source.wiring = wire(
-            source.root,
-            self.selection.traced,
-            source.run,
-            source.take,
-            rows,
-        )
+        try:
+            batch = Batch(rows, source.rows.take(rows))
+            losses = source.run(to_device(batch.value, source.device, copy=True), rows)
+            refuse_mixing(source, batch, losses, row_checksums(batch))
+            source.wiring = wire(source.root, self.selection.traced, source.run, source.take, rows)
+        except LossError:
+            first = next(iter(source.rows.batches()))  # the user's own batch says more than the probe's
+            source.run(to_device(first.value, source.device), first.rows)
+            raise
+        except UserCodeError:
+            for row in rows:
+                source.run(source.take([row, row]), [row, row])
+            raise
 
     def batches(self, source: Source) -> Iterator[tuple[Batch, Any]]:
         """A pass over a source: each batch, and its value on the device. Data that changes between passes is refused."""

@@ -15,8 +15,8 @@ from tracin.errors import LossError, ModelError, NotFiniteError, OptionError
 
 __all__ = ["Selection", "Task", "row_losses"]
 
-Loss = Callable[[nn.Module, Any], Tensor]
-Outputs = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
+Loss = Callable[[nn.Module, Any], Any]
+Outputs = Callable[[nn.Module, Any], Any]
 
 
 @dataclass(frozen=True)

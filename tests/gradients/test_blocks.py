@@ -1,0 +1,322 @@
+"""Every kind of block against gradients multiplied out by einsum or autograd, every pair of kinds in ``dot``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gradients.common import normal, seeded
+from tracin.gradients import blocks
+from tracin.gradients.blocks import Block, Convolution, Dense, Outer, Rows, Sum, concatenate, dot, held
+from tracin.gradients.convolution import ConvolutionShape
+
+Made = tuple[Block, Tensor]  # a block, and the same gradients multiplied out without it
+
+# All kinds hold one parameter of 18 entries: a weight [3, 6], a table of 3 rows of 6, a convolution [3, 2, 3].
+O, I, KERNEL, CHANNELS = 3, 6, 3, 2
+SIZE = O * I
+
+
+def outer(n: int, seed: int, t: int = 1) -> Made:
+    a, d = normal(n, t, I, seed=seed), normal(n, t, O, seed=seed + 1)
+    return Outer(a, d), torch.einsum("nto,nti->noi", d, a).reshape(n, -1)
+
+
+def outer_of_many_uses(n: int, seed: int) -> Made:
+    return outer(n, seed, t=5)
+
+
+def rows(n: int, seed: int, t: int = 4) -> Made:
+    index = torch.randint(0, O, (n, t), generator=seeded(seed))  # t > O: every example repeats a row
+    d = normal(n, t, I, seed=seed + 1)
+    table = torch.einsum("ntv,nti->nvi", F.one_hot(index, O).double(), d)
+    return Rows(index, d, O), table.reshape(n, -1)
+
+
+def rows_touched_once(n: int, seed: int) -> Made:
+    return rows(n, seed, t=1)
+
+
+def convolution(n: int, seed: int, k: int = 2) -> Made:
+    x, d = normal(n, k, CHANNELS, 7, seed=seed), normal(n, k, O, 5, seed=seed + 1)
+    shape = ConvolutionShape(O, CHANNELS, (KERNEL,), (1,), (1,), 1)
+    weight = torch.zeros(O, CHANNELS, KERNEL, dtype=torch.float64, requires_grad=True)
+    truth = [torch.autograd.grad((F.conv1d(x[at], weight) * d[at]).sum(), weight)[0] for at in range(n)]
+    return Convolution(x, d, shape), torch.stack(truth).reshape(n, -1)
+
+
+def dense(n: int, seed: int) -> Made:
+    values = normal(n, SIZE, seed=seed)
+    return Dense(values), values.clone()
+
+
+def added(*makers: Callable[[int, int], Made]) -> Callable[[int, int], Made]:
+    def make(n: int, seed: int) -> Made:
+        made = [maker(n, seed + 10 * at) for at, maker in enumerate(makers)]
+        return Sum(tuple(block for block, _ in made)), torch.stack([truth for _, truth in made]).sum(0)
+
+    return make
+
+
+KINDS: dict[str, Callable[[int, int], Made]] = {
+    "outer": outer,
+    "outer of many uses": outer_of_many_uses,
+    "rows": rows,
+    "rows touched once": rows_touched_once,
+    "convolution": convolution,
+    "dense": dense,
+    "sum of outer and rows": added(outer, rows),
+    "sum of convolution and dense": added(convolution, dense),
+}
+
+
+def outer_with_bias(n: int, seed: int, t: int = 3, bias: float = 1.0) -> Made:
+    block, weight = outer(n, seed, t)
+    assert isinstance(block, Outer)
+    return Outer(block.a, block.d, bias), torch.cat([weight, bias * block.d.sum(1)], 1)
+
+
+def dense_with_bias(n: int, seed: int) -> Made:
+    values = normal(n, SIZE + O, seed=seed)
+    return Dense(values, (SIZE, O)), values.clone()
+
+
+WITH_BIAS: dict[str, Callable[[int, int], Made]] = {
+    "outer": outer_with_bias,
+    "outer used once": lambda n, seed: outer_with_bias(n, seed, t=1),
+    "outer with half a bias": lambda n, seed: outer_with_bias(n, seed, bias=0.5),
+    "dense": dense_with_bias,
+    "sum": added(outer_with_bias, dense_with_bias),
+}
+
+every_kind = pytest.mark.parametrize("make", [*KINDS.values(), *WITH_BIAS.values()], ids=[*KINDS, *WITH_BIAS])
+tiles = pytest.mark.parametrize("tile", [blocks.TILE, 40, 1], ids=["one tile", "some tiles", "row by row"])
+
+
+def close(found: Tensor, truth: Tensor, what: str) -> None:
+    assert found.shape == truth.shape, f"{what}: shape {tuple(found.shape)}, not {tuple(truth.shape)}"
+    worst, largest = float((found - truth).abs().max()), float(truth.abs().max())
+    assert worst <= 1e-12 * max(largest, 1.0), f"{what}: off by {worst:.2e} where the largest is {largest:.2e}"
+
+
+@tiles
+@every_kind
+def test_every_kind_alone(make: Callable[[int, int], Made], tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "TILE", tile)
+    block, truth = make(5, 1)
+    assert isinstance(block, Block)
+    assert (len(block), block.size) == truth.shape
+    assert block.nbytes > 0
+    close(block.materialise(), truth, "materialise")
+    close(block.total(), truth.sum(0), "total")
+    close(block.squared_norm(), truth.square().sum(1), "squared_norm")
+    weights = torch.tensor([0.0, 2.0, -1.0, 0.5, 3.0], dtype=torch.float64)
+    close(block.weighted(weights).materialise(), truth * weights[:, None], "weighted")
+    close(block.weighted(weights).total(), weights @ truth, "the total of weighted")
+    for start, stop in ((0, 5), (1, 3), (4, 5)):
+        close(block.rows(start, stop).materialise(), truth[start:stop], f"rows {start}:{stop}")
+        assert len(block.rows(start, stop)) == stop - start
+    close(make(5, 1)[0].materialise(), block.materialise(), "the block after its use")
+
+
+@tiles
+@pytest.mark.parametrize("queries", KINDS)
+@pytest.mark.parametrize("train", KINDS)
+def test_every_pair_of_kinds(train: str, queries: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "TILE", tile)
+    (a, mine), (b, other) = KINDS[train](5, 1), KINDS[queries](3, 2)
+    close(dot(a, b), mine @ other.mT, f"{train} · {queries}")
+
+
+@tiles
+@pytest.mark.parametrize("queries", WITH_BIAS)
+@pytest.mark.parametrize("train", WITH_BIAS)
+def test_every_pair_with_a_bias(train: str, queries: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "TILE", tile)
+    (a, mine), (b, other) = WITH_BIAS[train](5, 1), WITH_BIAS[queries](3, 2)
+    close(dot(a, b), mine @ other.mT, f"{train} · {queries}")
+
+
+@pytest.mark.parametrize("queries", ["dense", "rows", "convolution", "sum of convolution and dense"])
+def test_a_convolution_in_groups(queries: str) -> None:
+    """[2, 3, 3] in two groups has 18 entries too; its patches would be of another width."""
+    x, d = normal(4, 1, 6, 5, seed=1), normal(4, 1, 2, 3, seed=2)
+    block = Convolution(x, d, ConvolutionShape(2, 6, (3,), (1,), (1,), 2))
+    weight = torch.zeros(2, 3, 3, dtype=torch.float64, requires_grad=True)
+    truth = torch.stack(
+        [torch.autograd.grad((F.conv1d(x[at], weight, groups=2) * d[at]).sum(), weight)[0] for at in range(4)]
+    ).reshape(4, -1)
+    close(block.materialise(), truth, "materialise")
+    other, expected = KINDS[queries](3, 5)
+    close(dot(block, other), truth @ expected.mT, f"groups · {queries}")
+    close(dot(other, block), expected @ truth.mT, f"{queries} · groups")
+    assert isinstance(held(block, 1), Dense), "patches of groups are not the factors of the weight"
+
+
+@pytest.mark.parametrize("rates", [(0.3, 0.07), (0.3, 0.3), (0.0, 2.0), (2.0, 0.0)])
+@pytest.mark.parametrize("make", WITH_BIAS.values(), ids=list(WITH_BIAS))
+def test_rates_of_weight_and_bias(make: Callable[[int, int], Made], rates: tuple[float, float]) -> None:
+    (queries, theirs), (train, mine) = make(3, 1), outer_with_bias(4, 7)
+    per_entry = torch.tensor([rates[0]] * SIZE + [rates[1]] * O, dtype=torch.float64)
+    scaled = queries.scaled(rates)
+    close(scaled.materialise(), theirs * per_entry, "scaled")
+    close(scaled.squared_norm(), (theirs * per_entry).square().sum(1), "the norm of scaled")
+    close(dot(train, scaled), (mine * per_entry) @ theirs.mT, "products with scaled queries")
+    close(queries.materialise(), theirs, "the queries after being scaled")
+
+
+@pytest.mark.parametrize("make", KINDS.values(), ids=list(KINDS))
+def test_one_rate(make: Callable[[int, int], Made]) -> None:
+    block, truth = make(3, 1)
+    close(block.scaled((0.3,)).materialise(), 0.3 * truth, "scaled")
+
+
+@pytest.mark.parametrize(("t", "i", "o"), [(1, 4, 3), (2, 40, 30), (20, 2, 3)])
+@pytest.mark.parametrize("bias", [None, 1.0, 0.25])
+@tiles
+def test_the_norm_by_each_route(
+    t: int, i: int, o: int, bias: float | None, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """t = 1, few uses of a wide layer (by the Gram matrices), many uses of a narrow one (multiplied out)."""
+    monkeypatch.setattr(blocks, "TILE", tile)
+    block = Outer(normal(4, t, i, seed=1), normal(4, t, o, seed=2), bias)
+    close(block.squared_norm(), block.materialise().square().sum(1), f"t={t}, i={i}, o={o}")
+
+
+def test_the_norm_of_uses_that_cancel_is_not_negative() -> None:
+    a, d = normal(3, 1, 30, seed=1), normal(3, 1, 30, seed=2)
+    for block in (
+        Outer(torch.cat([a, a], 1), torch.cat([d, -d], 1)),
+        Rows(torch.zeros(3, 2, dtype=torch.int64), torch.cat([d, -d], 1), 4),
+    ):
+        assert (block.squared_norm() >= 0).all(), f"{type(block).__name__}: a negative squared norm has no root"
+
+
+@settings(max_examples=40)
+@given(
+    n=st.integers(1, 5), m=st.integers(1, 5), t=st.integers(1, 6), s=st.integers(1, 6), i=st.integers(1, 5),
+    o=st.integers(1, 5), biases=st.tuples(st.sampled_from([0.5, 1.0]), st.sampled_from([0.5, 1.0])) | st.none(),
+    tile=st.sampled_from([1, 7, 50, 1 << 24]), seed=st.integers(0, 1000),
+)  # fmt: skip
+def test_outer_of_any_shape(
+    n: int, m: int, t: int, s: int, i: int, o: int, biases: tuple[float, float] | None, tile: int, seed: int
+) -> None:
+    both: list[Outer] = []
+    truths = []
+    for at, (size, uses) in enumerate(((n, t), (m, s))):
+        a, d = normal(size, uses, i, seed=seed + at), normal(size, uses, o, seed=seed + 10 + at)
+        bias = None if biases is None else biases[at]
+        weight = torch.einsum("nto,nti->noi", d, a).reshape(size, -1)
+        both.append(Outer(a, d, bias))
+        truths.append(weight if bias is None else torch.cat([weight, bias * d.sum(1)], 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "TILE", tile)
+        expected = truths[0] @ truths[1].mT
+        close(dot(both[0], both[1]), expected, "factored")
+        close(dot(both[0], Dense(truths[1])), expected, "multiplied out")
+        close(both[0].squared_norm(), truths[0].square().sum(1), "squared_norm")
+        close(both[0].total(), truths[0].sum(0), "total")
+
+
+@settings(max_examples=40)
+@given(
+    n=st.integers(1, 5), m=st.integers(1, 5), t=st.integers(1, 6), s=st.integers(1, 6), v=st.integers(1, 6),
+    o=st.integers(1, 4), tile=st.sampled_from([1, 7, 50, 1 << 24]), seed=st.integers(0, 1000),
+)  # fmt: skip
+def test_rows_of_any_shape(n: int, m: int, t: int, s: int, v: int, o: int, tile: int, seed: int) -> None:
+    both, truths = [], []
+    for at, (size, uses) in enumerate(((n, t), (m, s))):
+        index = torch.randint(0, v, (size, uses), generator=seeded(seed + at))
+        d = normal(size, uses, o, seed=seed + 10 + at)
+        both.append(Rows(index, d, v))
+        truths.append(torch.einsum("ntv,nti->nvi", F.one_hot(index, v).double(), d).reshape(size, -1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "TILE", tile)
+        expected = truths[0] @ truths[1].mT
+        close(dot(both[0], both[1]), expected, "token by token")
+        close(dot(both[0], Dense(truths[1])), expected, "gathered")
+        close(dot(Dense(truths[0]), both[1]), expected, "multiplied out")
+        close(both[0].squared_norm(), truths[0].square().sum(1), "squared_norm")
+        close(both[0].total(), truths[0].sum(0), "total")
+
+
+def kinds_held(make: Callable[[int, int], Made], train_rows: Sequence[int]) -> set[type]:
+    found = set()
+    for n in train_rows:
+        block, truth = make(3, 1)
+        kept = held(block, n)
+        close(kept.materialise(), truth, f"held for {n} train rows")
+        assert isinstance(kept, Dense | Outer | Rows), f"{type(kept).__name__} is not a kind to hold queries in"
+        train, mine = make(4, 30)
+        close(dot(train, kept), mine @ truth.mT, f"products with what is held for {n} train rows")
+        found.add(type(kept))
+    return found
+
+
+def test_queries_are_held_in_the_cheaper_way() -> None:
+    def wide(n: int, seed: int) -> Made:
+        a, d = normal(n, 1, 40, seed=seed), normal(n, 1, 40, seed=seed + 1)
+        return Outer(a, d), torch.einsum("nto,nti->noi", d, a).reshape(n, -1)
+
+    def picture(n: int, seed: int) -> Made:
+        x, d = normal(n, 1, 20, 3, seed=seed), normal(n, 1, 20, 1, seed=seed + 1)
+        block = Convolution(x, d, ConvolutionShape(20, 20, (3,), (1,), (1,), 1))
+        return block, torch.einsum("no,ncx->nocx", d[:, 0, :, 0], x[:, 0]).reshape(n, -1)
+
+    def long_table(n: int, seed: int) -> Made:
+        index, d = torch.randint(0, 50, (n, 2), generator=seeded(seed)), normal(n, 2, 3, seed=seed)
+        return Rows(index, d, 50), torch.einsum("ntv,nti->nvi", F.one_hot(index, 50).double(), d).reshape(n, -1)
+
+    runs = (1, 10, 100_000)
+    assert kinds_held(wide, runs) == {Outer}, "one use of a wide layer: two small products"
+    assert kinds_held(outer_of_many_uses, runs) == {Dense}, "five uses of 3 × 6 entries: multiplied out"
+    assert kinds_held(picture, runs) == {Outer}, "one pixel of many channels: two small products"
+    assert kinds_held(convolution, runs) == {Dense}, "many pixels of few channels: multiplied out"
+    assert kinds_held(long_table, runs) == {Rows}, "two words of fifty"
+    assert kinds_held(rows, runs) == {Dense}, "four words of three"
+    assert kinds_held(dense, runs) == {Dense}
+    assert kinds_held(KINDS["sum of outer and rows"], runs) == {Dense}
+
+
+def test_train_examples_of_another_length_count() -> None:
+    block = outer(50, 1)[0]
+    assert isinstance(held(block, 1000), Outer)
+    assert isinstance(held(block, 1000, train_uses=100), Dense), "100 uses a row: factored costs 100 times more"
+
+
+@pytest.mark.parametrize("make", WITH_BIAS.values(), ids=list(WITH_BIAS))
+def test_batches_side_by_side(make: Callable[[int, int], Made]) -> None:
+    made = [make(n, seed) for n, seed in ((3, 1), (1, 2), (2, 3))]
+    joined = concatenate([block for block, _ in made])
+    close(joined.materialise(), torch.cat([truth for _, truth in made]), "concatenate")
+
+
+def test_batches_of_different_lengths_are_padded_with_nothing() -> None:
+    made = [outer_with_bias(n, seed, t) for n, seed, t in ((3, 1, 2), (2, 2, 5), (1, 3, 1))]
+    joined = concatenate([block for block, _ in made])
+    assert isinstance(joined, Outer), "factors stay factors"
+    assert joined.uses == 5
+    truth = torch.cat([truth for _, truth in made])
+    close(joined.materialise(), truth, "padded factors")
+    close(joined.squared_norm(), truth.square().sum(1), "the norm: a padded use adds no bias")
+    train, mine = outer_with_bias(4, 9)
+    close(dot(train, joined), mine @ truth.mT, "products: a padded use adds no bias")
+    tables = [rows(n, seed, t) for n, seed, t in ((3, 1, 2), (2, 2, 5))]
+    words = concatenate([block for block, _ in tables])
+    assert isinstance(words, Rows)
+    close(words.materialise(), torch.cat([truth for _, truth in tables]), "padded words")
+    train_words, mine = rows(4, 9)
+    close(dot(train_words, words), mine @ torch.cat([t for _, t in tables]).mT, "a padded use is no word 0")
+
+
+@pytest.mark.parametrize("second", ["dense", "outer with half a bias", "sum"])
+def test_batches_of_different_kinds(second: str) -> None:
+    (first, a), (other, b) = outer_with_bias(3, 1), WITH_BIAS[second](2, 2)
+    for parts, truth in (((first, other), (a, b)), ((other, first), (b, a))):
+        close(concatenate(parts).materialise(), torch.cat(truth), f"outer beside {second}")

@@ -1,0 +1,103 @@
+"""Weight gradients of convolutions by both routes against autograd, one picture at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gradients.common import normal
+from tracin.gradients import convolution
+from tracin.gradients.convolution import ConvolutionShape, patches, weight_gradient
+
+ROUTES = {"patches": convolution._by_patches, "grouped": convolution._by_grouped_convolution}
+CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def one_at_a_time(x: Tensor, d: Tensor, shape: ConvolutionShape) -> Tensor:
+    """∂⟨conv(x_n, W), δ_n⟩/∂W of each picture by autograd."""
+    out = []
+    for picture, delta in zip(x, d, strict=True):
+        weight = x.new_zeros(shape.out_channels, shape.in_channels // shape.groups, *shape.kernel).requires_grad_()
+        y = CONV[len(shape.kernel)](
+            picture[None], weight, stride=shape.stride, dilation=shape.dilation, groups=shape.groups
+        )
+        out.append(torch.autograd.grad((y[0] * delta).sum(), weight)[0])
+    return torch.stack(out)
+
+
+def pixels(space: tuple[int, ...], shape: ConvolutionShape) -> tuple[int, ...]:
+    return tuple(
+        (size - d * (k - 1) - 1) // s + 1
+        for size, k, s, d in zip(space, shape.kernel, shape.stride, shape.dilation, strict=True)
+    )
+
+
+@st.composite
+def geometries(draw: Any) -> dict[str, Any]:
+    """Numbers alone: beartype, which checks what the library makes, draws from ``random``."""
+    dims, groups = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    few = st.integers(1, 3 if dims < 3 else 2)
+    kernel, stride, dilation = (tuple(draw(few) for _ in range(dims)) for _ in range(3))
+    geometry = (groups * draw(few), groups * draw(few), kernel, stride, dilation, groups)
+    # The remainder is what the last window leaves over, up to more than one stride.
+    space = tuple(d * (k - 1) + 1 + draw(st.integers(0, 4)) for k, d in zip(kernel, dilation, strict=True))
+    return {"geometry": geometry, "space": space, "n": draw(st.integers(1, 4)), "seed": draw(st.integers(0, 999))}
+
+
+@settings(max_examples=60)
+@given(drawn=geometries())
+def test_both_routes(drawn: dict[str, Any]) -> None:
+    shape, space, n = ConvolutionShape(*drawn["geometry"]), drawn["space"], drawn["n"]
+    x = normal(n, shape.in_channels, *space, seed=drawn["seed"])
+    d = normal(n, shape.out_channels, *pixels(space, shape), seed=drawn["seed"] + 1)
+    truth = one_at_a_time(x, d, shape)
+    assert truth[0].numel() == shape.weight_size
+    for name, route in ROUTES.items():
+        found = route(x, d, shape)
+        assert found.shape == truth.shape, f"{name}: {tuple(found.shape)}, not {tuple(truth.shape)} for {shape}"
+        torch.testing.assert_close(found, truth, rtol=1e-11, atol=1e-12, msg=lambda m, name=name: f"{name}, {shape}: {m}")
+    torch.testing.assert_close(weight_gradient(x, d, shape), truth, rtol=1e-11, atol=1e-12)
+
+
+def test_each_route_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small maps go by patches and large ones in float32 by the grouped convolution; both say the same."""
+    shape = ConvolutionShape(4, 4, (3, 3), (1, 1), (1, 1), 2)
+    taken = []
+    for name in ("_by_patches", "_by_grouped_convolution"):
+        route = getattr(convolution, name)
+
+        def noted(*args: Any, name: str = name, route: Any = route) -> Tensor:
+            taken.append(name)
+            return route(*args)
+
+        monkeypatch.setattr(convolution, name, noted)
+    for side in (5, 20):
+        x = normal(3, 4, side, side, seed=1, dtype=torch.float32)
+        d = normal(3, 4, side - 2, side - 2, seed=2, dtype=torch.float32)
+        truth = one_at_a_time(x, d, shape)
+        torch.testing.assert_close(weight_gradient(x, d, shape), truth, rtol=1e-4, atol=1e-4)
+    assert taken == ["_by_patches", "_by_grouped_convolution"]
+
+
+def test_patches_are_what_each_pixel_reads() -> None:
+    """x [1, 2, 7], kernel 3, dilation 2, stride 1: pixel p reads positions p, p+2, p+4 of each channel."""
+    x = torch.arange(14.0).view(1, 2, 7)
+    shape = ConvolutionShape(1, 2, (3,), (1,), (2,), 1)
+    found = patches(x, shape)
+    assert found.tolist() == [[[p, p + 2, p + 4, p + 7, p + 9, p + 11] for p in range(3)]]
+    assert patches(x, shape, (2,)).shape == (1, 2, 6), "a map that is read in part: two pixels of three"
+
+
+def test_two_axes_of_different_geometry_are_not_exchanged() -> None:
+    x = normal(2, 1, 6, 9, seed=1)
+    shape = ConvolutionShape(2, 1, (2, 3), (1, 2), (3, 1), 1)
+    d = normal(2, 2, *pixels((6, 9), shape), seed=2)
+    truth = one_at_a_time(x, d, shape)
+    for name, route in ROUTES.items():
+        torch.testing.assert_close(route(x, d, shape), truth, rtol=1e-11, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
