@@ -1,4 +1,4 @@
-"""A study of Fashion-MNIST, 60,000 pictures of clothes: a small CNN, trained once (two minutes on two cores).
+"""A study of Fashion-MNIST, 60,000 pictures of clothes: a small CNN, trained once (a minute or less).
 
     apt-get install dataset-fashion-mnist          # the four idx files, in /usr/share/datasets/fashion-mnist
     tracin audit examples/fashion_mnist.py --out runs/audit

@@ -163,7 +163,9 @@ def _hooks(owner: Any) -> dict[str, list[int]]:
     found = {}
     for attribute, value in vars(owner).items():
         if attribute.endswith("_hooks") and value is not None:
-            found[attribute] = [id(hook) for hook in value.values()]
+            found[attribute] = [
+                id(hook) for hook in (value.values() if isinstance(value, Mapping) else value)
+            ]
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -129,6 +130,17 @@ def test_batch_norm_without_running_statistics(batch_size: int) -> None:
     model = build(Stateless)
     with refused(model, (ModelError, LossError), "running stat|track_running_stats", "norm"):
         make(model, batch_size=batch_size).influence(rows(), rows(M, 2))
+
+
+def test_a_scripted_model() -> None:
+    """TorchScript runs without the hooks of its modules: refused by name, or traced exactly; never left changed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch would like to retire it
+        model = torch.jit.script(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)))
+    trajectory = tracin.Trajectory([tracin.Checkpoint(model.state_dict(), learning_rate=0.3)])
+    method = tracin.TracInCP(tracin.Task(model, cross_entropy), trajectory, device="cpu", progress=False)
+    with refused(model, ModelError, "script"):
+        method.influence(rows(), rows(M, 2))
 
 
 class Noisy(nn.Module):

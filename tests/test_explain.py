@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import oracle
 import tracin
-from tracin.errors import AdaptiveOptimizerWarning, DataError, OptionError, UserCodeError
-from tracin.explain import Attribution, Target, explain, losses_of
+from tracin.errors import AdaptiveOptimizerWarning, DataError, LossError, OptionError, UserCodeError
+from tracin.explain import Attribution, Target, explain, lesson_of
 from tracin.scoring.evaluation import evaluate
 
 RATES = (0.3, {"0.weight": 0.1, "0.bias": 0.2, "2.weight": 0.05, "2.bias": 0.4}, 0.02)
@@ -45,7 +45,7 @@ def method(
     )
 
 
-TRAIN, TEST = rows(13, 1), rows(7, 2)
+TRAIN, TEST = rows(13, 1), rows(7, 3)
 
 
 def predictions(traced: tracin.TracInCP) -> list[int]:
@@ -75,7 +75,7 @@ def test_a_query_loss_is_what_the_label_explains():
     scores = traced.influence(TRAIN, TEST).values
     (found,) = explain(traced, TRAIN, TEST, [4], target="label")
     assert close(found.scores, scores[4])
-    assert found.losses[1] == evaluate(traced.task, traced.trajectory, TEST).losses[1, 4]
+    assert close(found.losses, evaluate(traced.task, traced.trajectory, TEST).losses[:, 4])
 
 
 @pytest.mark.parametrize("target", [2, "2", "dog"])
@@ -233,7 +233,7 @@ def test_a_dataset_that_fails_names_the_row():
                 raise ValueError("torn page")
             return super().__getitem__(row)
 
-    with pytest.raises(UserCodeError, match="row 5.*torn page"):
+    with pytest.raises(UserCodeError, match=r"row 5.*torn page"):
         explain(method(), TRAIN, Broken(TEST), [5])
 
 
@@ -242,11 +242,23 @@ def test_train_rows_that_change_between_checkpoints_are_refused():
         def __getitem__(self, row):
             return {"inputs": torch.randn(4, dtype=torch.float64), "labels": self.data[1][row]}
 
-    with pytest.raises(DataError, match="changed between two passes"):
+    with pytest.raises(DataError, match="row 0"):
         explain(method(), Restless(TRAIN), TEST_DICT, [0])
 
 
 TEST_DICT = {"inputs": TEST[0], "labels": TEST[1]}
+
+
+def test_outputs_without_a_gradient_are_named():
+    def outputs(model, batch):
+        with torch.no_grad():
+            return model(batch[0]), batch[1]
+
+    traced = method(task={"outputs": outputs})
+    with oracle.untouched(traced.task.model), pytest.raises(LossError, match=r"outputs=.*no gradient"):
+        explain(traced, TRAIN, TEST, [0], target=1)
+    (found,) = explain(traced, TRAIN, TEST, [0], target="label")
+    assert close(found.scores, method().influence(TRAIN, TEST).values[0])
 
 
 def test_an_adaptive_optimizer_is_told_once():
@@ -265,8 +277,9 @@ def test_an_adaptive_optimizer_is_told_once():
 def test_losses_of_all_rows_keep_the_last_predictions():
     traced = method()
     whole = evaluate(traced.task, traced.trajectory, TRAIN, name="train")
-    found = losses_of(traced, TRAIN)
-    assert torch.equal(found.losses, whole.losses)
-    assert torch.equal(found.predicted(), whole.predicted())
-    assert found.logits is not None
-    assert found.logits.shape == (1, 13, 3)
+    found = lesson_of(traced, TRAIN)
+    assert close(found.losses, whole.losses)
+    assert found.predicted is not None
+    assert torch.equal(found.predicted, whole.predicted())
+    assert found.labels is not None
+    assert torch.equal(found.labels, TRAIN[1])

@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import oracle
 import tracin
 from cases import BY_NAME, Case
 from judged import PLAIN, M, N, Run, truth
-from tracin.errors import ModelError
 
 _SOME = [
     "mlp_relu",
@@ -142,130 +141,6 @@ def test_a_zero_gradient_has_no_direction() -> None:
     assert (found != 0).sum() == (M - 1) * (N - 1)
 
 
-def test_bfloat16_accumulates_in_float32() -> None:
-    case = BY_NAME["mlp_relu"]
-    run = Run(case, torch.bfloat16)
-    found = run.ask("influence", run.train, run.queries, batch_size=16)
-    assert found.values.dtype == torch.float32
-    oracle.assert_close(found.values, truth(case.name, torch.bfloat16).scores, 2e-2)
-
-
-def test_rows_sorted_only_later() -> None:
-    """A model that happens to keep the row order on the first batch, and not on the second."""
-    case = BY_NAME["rows_sorted"]
-    run = Run(case)
-    x = run.train[0]
-    x[:3] = x[:3][x[:3, 0].argsort()]
-    x[3:6] = x[3:6][x[3:6, 0].argsort(descending=True)]
-    run.queries[0][:] = run.queries[0][run.queries[0][:, 0].argsort()]
-    sides = [
-        oracle.trajectory_gradients(case.model(), case.loss, rows, case.states())
-        for rows in (run.train, run.queries)
-    ]
-    try:
-        found = run.ask("influence", run.train, run.queries, batch_size=3)
-    except ModelError:
-        return
-    oracle.assert_close(found.values, oracle.scores(*sides, case.rates()), 1e-10)
-
-
-def test_experts_that_share_rows_only_later() -> None:
-    """On the first batch one expert takes every row; on the second the rows are dealt out."""
-    case = BY_NAME["experts"]
-    run = Run(case)
-    model = case.model()
-    model.load_state_dict(case.states()[0])
-    pool = case.rows(200, seed=5)[0]
-    first = model.c(pool).argmax(-1) == 0
-    x = torch.cat([pool[first][:3], pool[~first][:1], pool[first][3:5], pool[~first][1:2]])
-    sides = [
-        oracle.trajectory_gradients(case.model(), case.loss, rows, case.states())
-        for rows in ((x,), run.queries)
-    ]
-    found = run.ask("influence", (x,), run.queries, batch_size=3)
-    oracle.assert_close(found.values, oracle.scores(*sides, case.rates()), 1e-10)
-
-
-def test_control_flow_that_turns_only_later() -> None:
-    """A layer that no row of the first batch uses, and some row of a later one does."""
-    case = BY_NAME["control_flow"]
-    run = Run(case)
-    model = case.model()
-    model.load_state_dict(case.states()[0])
-    pool = case.rows(200, seed=5)[0]
-    quiet = (model.a(pool).tanh().sum(1) <= 0) & ((pool[:, 0].abs() * 2).int() % 3 == 0)
-    x = torch.cat([pool[quiet][:3], pool[~quiet][:4]])
-    sides = [
-        oracle.trajectory_gradients(case.model(), case.loss, rows, case.states())
-        for rows in ((x,), run.queries)
-    ]
-    found = run.ask("influence", (x,), run.queries, batch_size=3)
-    oracle.assert_close(found.values, oracle.scores(*sides, case.rates()), 1e-10)
-
-
-class Padded(nn.Module):
-    """Reads sequences padded to the longest of the batch; what is padded has no say."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.place, self.layer, self.out = nn.Embedding(9, 3), nn.GRU(3, 4), nn.Linear(4, 2)
-
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        steps = torch.arange(x.shape[1])
-        out = self.out(self.layer((x + self.place(steps)).transpose(0, 1))[0]).transpose(0, 1)
-        return (out * (steps < lengths[:, None])[:, :, None]).sum(1)
-
-
-def pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows])
-
-
-class Sequences(Dataset):
-    """Rows of unequal length."""
-
-    def __init__(self, lengths: list[int]) -> None:
-        generator = torch.Generator().manual_seed(3)
-        self.rows = [torch.randn(length, 3, generator=generator, dtype=torch.float64) for length in lengths]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.rows[index]
-
-
-def test_batches_padded_to_different_lengths() -> None:
-    """The number of steps changes from batch to batch, and is now and then the number of rows."""
-    case = Case("padded", Padded, [])
-    train, queries = Sequences([3, 2, 3, 5, 1, 2, 1]), Sequences([2, 1, 4, 3])
-    sides = [
-        [
-            {name: torch.cat([row[index][name] for row in per_row]) for name in case.names()}
-            for index in range(2)
-        ]
-        for per_row in (
-            [
-                oracle.trajectory_gradients(case.model(), case.loss, pad([row]), case.states())
-                for row in data.rows
-            ]
-            for data in (train, queries)
-        )
-    ]
-    model = case.model()
-    trajectory = tracin.Trajectory(
-        [
-            tracin.Checkpoint(state, learning_rate=rate)
-            for state, rate in zip(case.states(), case.rates(), strict=True)
-        ]
-    )
-    method = tracin.TracInCP(tracin.Task(model, case.loss), trajectory, device="cpu", progress=False)
-    for batch_size in (1, 2, 3):
-        loaders = [DataLoader(data, batch_size=batch_size, collate_fn=pad) for data in (train, queries)]
-        with oracle.untouched(model):
-            found = method.influence(*loaders)
-        oracle.assert_close(found.values, oracle.scores(*sides, case.rates()), 1e-10)
-
-
 @some
 def test_under_the_callers_no_grad(case: Case) -> None:
     run = Run(case)
@@ -306,3 +181,24 @@ def test_pythons_random_state_stays() -> None:
     """In a process of its own: beartype, which the tests switch on, draws from it."""
     done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@some
+@pytest.mark.parametrize("memory", ["1KiB", "30KiB"])
+def test_little_memory_changes_no_score(case: Case, memory: str) -> None:
+    run = Run(case)
+    options = {"batch_size": 3, "memory": memory}
+    expected = truth(case.name)
+    oracle.assert_close(
+        run.ask("influence", run.train, run.queries, **options).values, expected.scores, 1e-10
+    )
+    oracle.assert_close(run.ask("self_influence", run.train, **options).values, expected.own, 1e-10)
+    found = run.ask("top_k", run.train, run.queries, k=N, **options)
+    oracle.assert_close(found.proponents.values, expected.scores.sort(dim=1, descending=True).values, 1e-10)
+
+
+def test_a_loader_with_workers() -> None:
+    run = Run(BY_NAME["mlp_relu"])
+    loader = DataLoader(TensorDataset(*run.train), batch_size=3, num_workers=1)
+    found = run.ask("influence", loader, run.queries, batch_size=3)
+    oracle.assert_close(found.values, truth("mlp_relu").scores, 1e-10)

@@ -4,6 +4,7 @@ from tracin import errors
 from tracin.checkpoints import Checkpoint, CheckpointRecorder, Trajectory
 from tracin.methods import TracInCP
 from tracin.results import Scores, SelfInfluence, TopK
+from tracin.study import Study
 from tracin.tasks import Task, losses
 
 __version__ = "0.1.0"
@@ -13,6 +14,7 @@ __all__ = [
     "CheckpointRecorder",
     "Scores",
     "SelfInfluence",
+    "Study",
     "Task",
     "TopK",
     "TracInCP",

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, def
 
 from tracin.errors import DataError, OptionError, TracinError, UserCodeError
 
-__all__ = ["Batch", "RowSource", "open_rows", "row_checksums", "to_device", "user_code"]
+__all__ = ["Batch", "RowSource", "open_rows", "row_checksums", "same_checksums", "to_device", "user_code"]
 
 
 @dataclass(frozen=True)
@@ -292,13 +293,14 @@ def to_device(value: Any, device: torch.device, *, copy: bool = False) -> Any:
     return pytree.tree_map(move, value)
 
 
-def row_checksums(batch: Batch) -> Tensor | None:
+def row_checksums(batch: Batch, *, double: bool = False) -> Tensor | None:
     """One number per row that changes when the row's content or the order within it changes.
 
     A weighted sum with fixed weights, so that a mirrored picture differs from the picture.
 
     Args:
         batch: The batch as the source made it.
+        double: Add up in float64, so that the same row gives the same number in batches of any size.
 
     Returns:
         Float64 [size], or None where no tensor of the batch has a row per example.
@@ -308,13 +310,19 @@ def row_checksums(batch: Batch) -> Tensor | None:
         if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != batch.size or leaf.is_complex():
             continue
         flat = leaf.detach().reshape(batch.size, -1)
-        flat = flat if flat.dtype in (torch.float32, torch.float64) else flat.to(torch.float64)
-        weights = _weights(flat.shape[1]).to(device=flat.device, dtype=flat.dtype)
-        part = (flat @ weights).to(device="cpu", dtype=torch.float64)
+        if double or flat.dtype not in (torch.float32, torch.float64):
+            flat = flat.to(torch.float64)
+        part = (flat @ _weights(flat.shape[1], flat.dtype, flat.device)).to(device="cpu", dtype=torch.float64)
         total = part if total is None else math.pi * total + part
     return total
 
 
-def _weights(length: int) -> Tensor:
+def same_checksums(mine: Tensor, theirs: Tensor) -> Tensor:
+    """Whether rows are the same by their float64 checksums, bool [n]."""
+    return torch.isclose(mine, theirs, rtol=1e-9, atol=1e-9, equal_nan=True)
+
+
+@lru_cache(maxsize=16)
+def _weights(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     steps = torch.arange(1, length + 1, dtype=torch.float64)
-    return torch.remainder(steps * 0.6180339887498949, 1.0) + 0.5
+    return (torch.remainder(steps * 0.6180339887498949, 1.0) + 0.5).to(device=device, dtype=dtype)

@@ -20,17 +20,17 @@ from torch.utils.data import DataLoader
 
 from tracin.checkpoints import Trajectory
 from tracin.data import RowSource, open_rows
-from tracin.errors import OptionError
+from tracin.errors import LossError, OptionError
 from tracin.methods import TracInCP
 from tracin.progress import progress
 from tracin.results import Ranking, TopK
 from tracin.scoring.evaluation import Evaluation, evaluate
 from tracin.scoring.passes import hold_queries, score_batch
 from tracin.scoring.run import opened
-from tracin.shapes import Float
+from tracin.shapes import Float, Int
 from tracin.tasks import Task
 
-__all__ = ["Attribution", "Target", "evaluate_rows", "explain", "losses_of"]
+__all__ = ["Attribution", "Lesson", "Target", "evaluate_rows", "explain", "lesson_of"]
 
 PREDICTED, LABEL = "predicted", "label"
 
@@ -195,7 +195,22 @@ def evaluate_rows(
     )
 
 
-def losses_of(method: TracInCP, train: Any) -> Evaluation:
+@dataclass(frozen=True, eq=False)
+class Lesson:
+    """How far the model learned its training rows.
+
+    Args:
+        losses: The loss of each row at each checkpoint [c, n].
+        labels: The given classes [n], where the task has classes.
+        predicted: The classes predicted at the last checkpoint [n], likewise.
+    """
+
+    losses: Float[Tensor, "c n"]
+    labels: Int[Tensor, " n"] | None
+    predicted: Int[Tensor, " n"] | None
+
+
+def lesson_of(method: TracInCP, train: Any) -> Lesson:
     """Losses of all training rows along the trajectory, and the predictions of the last checkpoint.
 
     Args:
@@ -203,7 +218,7 @@ def losses_of(method: TracInCP, train: Any) -> Evaluation:
         train: Train rows.
 
     Returns:
-        The evaluation; its ``logits`` are [1, n, C], those of the last checkpoint.
+        Losses, labels and predictions. Only one checkpoint's logits are held at a time.
     """
     settings = method.settings
     losses: list[Tensor] = []
@@ -223,7 +238,8 @@ def losses_of(method: TracInCP, train: Any) -> Evaluation:
             losses.append(last.losses)
             bar.advance(n)
     assert last is not None
-    return replace(last, losses=torch.cat(losses))
+    predicted = None if last.logits is None else last.predicted()
+    return Lesson(torch.cat(losses), last.labels, predicted)
 
 
 def _open(method: TracInCP, data: Any, name: str) -> RowSource:
@@ -311,7 +327,13 @@ def _class_loss(task: Task) -> Callable[[nn.Module, Any], Tensor]:
     assert outputs is not None
 
     def class_loss(model: nn.Module, batch: Any) -> Tensor:
-        return F.cross_entropy(outputs(model, batch["rows"])[0], batch["classes"], reduction="none")
+        logits = outputs(model, batch["rows"])[0]
+        if not logits.requires_grad and torch.is_grad_enabled():
+            raise LossError(
+                "Task(outputs=...) returned logits that no gradient reaches, and a class can only be explained through "
+                "them. Leave .detach() and torch.no_grad() out of outputs, or explain target 'label'."
+            )
+        return F.cross_entropy(logits, batch["classes"], reduction="none")
 
     return class_loss
 

@@ -93,9 +93,11 @@ def sorted_rows(net: Net, x: Tensor) -> Tensor:
 
 
 def swapped_inside(net: Net, x: Tensor) -> Tensor:
+    """First and last row stay where they are, wherever there are enough rows for that."""
     order = list(range(len(x)))
-    for index in range(1, len(order) - 2, 2):
-        order[index], order[index + 1] = order[index + 1], order[index]
+    if len(x) > 2:
+        at = min(1, len(x) - 3)
+        order[at], order[at + 1] = order[at + 1], order[at]
     return net.c(net.a(x[order]).tanh())[order]
 
 
@@ -143,6 +145,17 @@ def broadcast_heads(net: Net, x: Tensor) -> Tensor:
     )
 
 
+def by_length(net: Net, x: Tensor, lengths: Tensor) -> Tensor:
+    """Rows sorted by length, as for packing; rows of equal length keep their order."""
+    order = lengths.argsort(descending=True, stable=True)
+    return net.c(net.a(x[order]).tanh())[order.argsort()]
+
+
+def turned_when_many(net: Net, x: Tensor) -> Tensor:
+    """The order of the rows depends on how many there are."""
+    return reversed_rows(net, x) if len(x) > 4 else net.c(net.a(x).tanh())
+
+
 CASES = [
     net("tokens_flattened", tokens_flattened, normal(3, 4)),
     net("tokens_flattened_one_each", tokens_flattened, normal(1, 4)),
@@ -160,6 +173,8 @@ CASES = [
     net("rows_rolled", rolled_rows, normal(4)),
     net("rows_sorted", sorted_rows, normal(4)),
     net("rows_swapped_inside", swapped_inside, normal(4)),
+    net("rows_by_length", by_length, normal(4), integers(1, 4)),
+    net("rows_turned_when_many", turned_when_many, normal(4)),
     net("rows_one_by_one", one_by_one, normal(4)),
     net("rows_one_by_one_tokens", one_by_one, normal(3, 4)),
     net("rows_split_in_two", split_in_two, normal(4)),

@@ -7,19 +7,16 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-matplotlib = pytest.importorskip("matplotlib")
-
-sys.path.insert(0, str(Path(__file__).parent))
-from drawn import STEPS, card, collisions, curve, explanation, path, texts  # noqa: E402
-
-from tracin.errors import DataError, MissingExtraError, OptionError  # noqa: E402
-from tracin.plots import (  # noqa: E402
+from plots.drawn import STEPS, card, collisions, curve, explanation, path, texts
+from tracin.errors import DataError, MissingExtraError, OptionError
+from tracin.plots import (
     Card,
     Explanation,
     LossPath,
@@ -29,7 +26,7 @@ from tracin.plots import (  # noqa: E402
     suspect_sheet,
     trajectory_figure,
 )
-from tracin.plots.theme import DARK, LIGHT, theme_named  # noqa: E402
+from tracin.plots.theme import DARK, LIGHT, theme_named
 
 DRAWN = {
     "picture_sheet": lambda theme="light": picture_sheet(explanation(), theme=theme),
@@ -79,7 +76,7 @@ def fresh(code: str) -> str:
         text=True,
         timeout=300,
         check=False,
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[1],
     )
     assert run.returncode == 0, run.stderr
     return run.stdout.strip()
@@ -88,7 +85,7 @@ def fresh(code: str) -> str:
 def test_no_figure_loads_pyplot_and_importing_loads_no_matplotlib():
     loaded = "; print('matplotlib.pyplot' in sys.modules)"
     draw = (
-        "from drawn import *; from tracin.plots import *; import sys;"
+        "from plots.drawn import *; from tracin.plots import *; import sys;"
         "picture_sheet(explanation()); suspect_sheet([card(1, 2.0)]); detection_curve(curve());"
         "png(trajectory_figure(explanation()))"
     )
@@ -97,24 +94,32 @@ def test_no_figure_loads_pyplot_and_importing_loads_no_matplotlib():
     assert fresh("import sys, tracin.plots; print('matplotlib' in sys.modules)") == "False"
 
 
-@pytest.mark.parametrize("kind", ["picture", "text", "table"])
-@settings(max_examples=12)
-@given(label=words, predicted=words, shown=words, row=st.integers(0, 10**9), score=st.floats(-1e9, 1e9))
-def test_no_text_overlaps_another_or_leaves_the_sheet(kind, label, predicted, shown, row, score):
+@settings(max_examples=25)
+@given(
+    kind=st.sampled_from(["picture", "text", "table"]),
+    figure=st.sampled_from(["sheet", "suspects", "wide", "narrow", "curve"]),
+    label=words,
+    predicted=words,
+    shown=words,
+    row=st.integers(0, 10**9),
+    score=st.floats(-1e9, 1e9),
+)
+def test_no_text_overlaps_another_or_leaves_the_sheet(kind, figure, label, predicted, shown, row, score):
     face = {"picture": np.eye(4), "text": shown, "table": {shown: label, "b": predicted}}[kind]
-    known = {"label": label, "true_label": predicted}
-    side = tuple(Card(face, row=row + n, score=score, **known) for n in range(3))
+    side = tuple(Card(face, row=row + n, score=score, label=label, true_label=predicted) for n in range(3))
     query = Card(face, row=row, label=label, predicted=predicted, correct=False)
     contributions = torch.full((4, 3), score).double()
     along = LossPath(STEPS, torch.linspace(3, 0, 4), contributions, row + torch.arange(3))
     whole = Explanation(query, side, side[:2], target=shown, path=along)
-    assert collisions(picture_sheet(whole, title=shown)) == []
-    assert collisions(suspect_sheet(side)) == []
-    assert collisions(trajectory_figure(whole)) == []
-    assert collisions(trajectory_figure(whole, narrow=True)) == []
     curves = {label + "1": curve(1), predicted + "2": curve(2)}
-    assert collisions(detection_curve(curves, title=shown)) == []
-    assert collisions(detection_curve(curves, width=3.0)) == []
+    draw = {
+        "sheet": lambda: picture_sheet(whole, title=shown),
+        "suspects": lambda: suspect_sheet(side, title=shown),
+        "wide": lambda: trajectory_figure(whole),
+        "narrow": lambda: trajectory_figure(whole, narrow=True),
+        "curve": lambda: detection_curve(curves, title=shown, width=3.0),
+    }
+    assert collisions(draw[figure]()) == []
 
 
 def test_the_overlap_check_sees_an_overlap():
@@ -186,7 +191,7 @@ def test_the_lines_of_the_curve_are_the_curve_the_perfect_and_the_random_order()
 
 def test_the_bars_of_the_trajectory_are_the_contributions():
     along = path()
-    loss, bars = trajectory_figure(replace(explanation(), path=along)).axes[:2]
+    loss, bars = trajectory_figure(replace(explanation(), path=along)).axes[1:3]
     assert loss.lines[0].get_ydata() == pytest.approx(along.losses.tolist())
     heights = [patch.get_height() for patch in bars.patches]
     assert heights == pytest.approx([*along.lowered.tolist(), *along.raised.tolist()])

@@ -42,14 +42,16 @@ def test_channels_may_come_first_or_last_and_one_channel_is_grey():
     assert np.array_equal(as_picture(np.moveaxis(colour, 2, 0)), colour)
     assert as_picture(colour[..., :1]).shape == (5, 6)
     assert as_picture(colour[..., 0][None]).shape == (5, 6)
+    assert as_picture(np.zeros((3, 4, 4))).shape == (4, 4, 3)
+    assert as_picture(np.zeros((4, 4, 4))).shape == (4, 4, 3)
 
 
 def test_opacity_is_laid_over_white():
-    pixel = np.array([[[100, 0, 0, 0], [100, 0, 0, 255]]], dtype=np.uint8)
-    assert as_picture(pixel).tolist() == [[[255, 255, 255], [100, 0, 0]]]
+    pixel = np.array([[[100, 0, 0, 0]], [[100, 0, 0, 255]]], dtype=np.uint8)
+    assert as_picture(pixel).tolist() == [[[255, 255, 255]], [[100, 0, 0]]]
 
 
-@pytest.mark.parametrize("shape", [(4, 5, 2), (0, 4), (2, 3, 4, 5)])
+@pytest.mark.parametrize("shape", [(5, 5, 2), (0, 4), (2, 3, 4, 5)])
 def test_a_shape_that_is_no_picture_is_refused(shape):
     with pytest.raises(DataError, match="picture"):
         as_picture(np.zeros(shape))

@@ -173,6 +173,13 @@ def test_a_report_without_charts_needs_no_matplotlib(monkeypatch):
         render_report(data())
 
 
+def test_nothing_is_escaped_twice():
+    html = render_report(data())
+    assert "&lt;" not in html
+    assert "&amp;" not in html
+    assert "<dt>cat</dt><dd>cat</dd>" in html
+
+
 def test_many_parameters_are_folded():
     rows = tuple({"parameter": f"layer{n}.weight", "numbers": n, "exact": True} for n in range(40))
     page = Page(render_report(ReportData("t", check=Check(1.0, 0.0, table=rows))))

@@ -12,7 +12,6 @@ from tracin.checkpoints import Trajectory
 from tracin.explain import Attribution, Target, evaluate_rows
 from tracin.methods import TracInCP
 from tracin.plots import Card, Explanation, LossPath
-from tracin.scoring.evaluation import Evaluation
 from tracin.study import Study
 
 __all__ = ["Known", "Rows", "explanation", "known", "known_of", "steps_of", "target_words"]
@@ -26,11 +25,11 @@ class Known:
     predicted: int | None = None
 
 
-def known(evaluation: Evaluation, rows: Sequence[int]) -> dict[int, Known]:
-    """Label and prediction of evaluated rows, by position."""
-    if evaluation.labels is None or evaluation.logits is None:
+def known(rows: Sequence[int], labels: Tensor | None, predicted: Tensor | None) -> dict[int, Known]:
+    """Label and prediction of rows, by position."""
+    if labels is None or predicted is None:
         return {row: Known() for row in rows}
-    pairs = zip(rows, evaluation.labels.tolist(), evaluation.predicted().tolist(), strict=True)
+    pairs = zip(rows, labels.tolist(), predicted.tolist(), strict=True)
     return {row: Known(label, predicted) for row, label, predicted in pairs}
 
 
@@ -38,7 +37,8 @@ def known_of(method: TracInCP, train: object, rows: Sequence[int]) -> dict[int, 
     """Label and prediction at the last checkpoint of some training rows, by position."""
     last = Trajectory([method.trajectory[-1]])
     chosen = list(dict.fromkeys(rows))
-    return known(evaluate_rows(method, train, chosen, name="train", trajectory=last), chosen)
+    found = evaluate_rows(method, train, chosen, name="train", trajectory=last)
+    return known(chosen, found.labels, None if found.logits is None else found.predicted())
 
 
 @dataclass(frozen=True, eq=False)

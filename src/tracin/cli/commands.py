@@ -23,7 +23,7 @@ from tracin.cli.records import (
 from tracin.cli.telling import tell_attribution, tell_coverage, tell_suspects, tell_verification
 from tracin.data import open_rows
 from tracin.errors import OptionError
-from tracin.explain import Attribution, explain, losses_of
+from tracin.explain import Attribution, explain, lesson_of
 from tracin.methods import TracInCP
 from tracin.plots import Explanation, picture_sheet, png, trajectory_figure
 from tracin.report import Fact, ReportData, render_report
@@ -48,14 +48,14 @@ def audit(command: options.Audit) -> int:
     with study_file(command.file) as study:
         method = command.settings.method(study)
         own = method.self_influence(study.train)
-        losses = losses_of(method, study.train)
-        records = suspect_records(study, own, losses)
+        lesson = lesson_of(method, study.train)
+        records = suspect_records(study, own, lesson)
         tell_coverage(own)
         tell_suspects(study, records, command.top)
         if folder:
             folder.table("suspects", records)
             own.save(folder.path("self_influence.safetensors"))
-            rows = Rows(study, "train", known(losses, range(len(records))))
+            rows = Rows(study, "train", known(range(len(records)), lesson.labels, lesson.predicted))
             cards = [
                 rows.card(record["train"], record["self_influence"]) for record in records[: command.top]
             ]

@@ -22,7 +22,7 @@ from tracin.cli.records import parameter_records, suspect_records
 from tracin.cli.telling import tell_attribution, tell_suspects, tell_verification
 from tracin.errors import OptionError
 from tracin.evaluation import DetectionCurve
-from tracin.explain import explain, losses_of
+from tracin.explain import Lesson, explain, lesson_of
 from tracin.methods import TracInCP
 from tracin.plots import detection_curve, picture_sheet, png, trajectory_figure
 from tracin.report import Check, Fact, ReportData
@@ -46,7 +46,7 @@ class Traced:
     method: TracInCP
     found: Verification
     own: SelfInfluence
-    losses: Evaluation
+    lesson: Lesson
     accuracy: float
     curves: dict[str, DetectionCurve]
     ready: list[Explained]
@@ -122,11 +122,11 @@ def _trace(command: options.Demo, data: Digits, study: Study) -> Traced:
     tell_verification(found, parameter_records(found))
 
     own = method.self_influence(study.train)
-    losses = losses_of(method, study.train)
-    tell_suspects(study, suspect_records(study, own, losses, data.planted), PRINTED)
+    lesson = lesson_of(method, study.train)
+    tell_suspects(study, suspect_records(study, own, lesson, data.planted), PRINTED)
     curves = {
         "self-influence": DetectionCurve(own.values, data.planted),
-        "mean loss": DetectionCurve(losses.losses.mean(0), data.planted),
+        "mean loss": DetectionCurve(lesson.losses.mean(0), data.planted),
     }
     heading("How many of the planted wrong labels are found?")
     table([_detected(name, curve) for name, curve in curves.items()])
@@ -140,7 +140,7 @@ def _trace(command: options.Demo, data: Digits, study: Study) -> Traced:
     for each in ready:
         tell_attribution(study, each.attribution, each.shown, first=each.attribution.query != before)
         before = each.attribution.query
-    return Traced(data, study, method, found, own, losses, accuracy, curves, ready)
+    return Traced(data, study, method, found, own, lesson, accuracy, curves, ready)
 
 
 def _detected(name: str, curve: DetectionCurve) -> dict[str, str]:
@@ -167,7 +167,7 @@ def _three(tests: Evaluation, labels: Tensor) -> list[int]:
 def _save(folder: Folder, traced: Traced) -> None:
     study, records = (
         traced.study,
-        suspect_records(traced.study, traced.own, traced.losses, traced.data.planted),
+        suspect_records(traced.study, traced.own, traced.lesson, traced.data.planted),
     )
     folder.table("suspects", records)
     folder.table("parameters", parameter_records(traced.found))
@@ -182,7 +182,12 @@ def _save(folder: Folder, traced: Traced) -> None:
     for name, figure in figures.items():
         with folder.file(f"{name}.png") as path:
             path.write_bytes(png(figure))
-    rows = Rows(study, "train", known(traced.losses, range(len(records))), traced.data.true_labels)
+    rows = Rows(
+        study,
+        "train",
+        known(range(len(records)), traced.lesson.labels, traced.lesson.predicted),
+        traced.data.true_labels,
+    )
     cards = tuple(rows.card(record["train"], record["self_influence"]) for record in records[:SUSPECTS])
     save_report(folder, _report(traced, cards))
 

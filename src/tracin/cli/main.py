@@ -16,7 +16,7 @@ from tracin.errors import TracinError, UserCodeError
 
 __all__ = ["main"]
 
-FAILED, INTERRUPTED = 2, 130
+FAILED, INTERRUPTED, UNREAD = 2, 130, 141
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -26,7 +26,8 @@ def main(args: Sequence[str] | None = None) -> int:
         args: The arguments, by default those of the process.
 
     Returns:
-        0; 1 where ``verify`` finds a difference; 2 after an error that the message explains; 130 after Ctrl-C.
+        0; 1 where ``verify`` finds a difference; 2 after an error that the message explains; 130 after Ctrl-C; 141
+        where nobody reads what is printed.
     """
     debug = "--debug" in (sys.argv[1:] if args is None else args)
     try:
@@ -37,7 +38,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader, such as head, has enough; without this Python complains once more when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
+        return UNREAD
     except TracinError as error:
         if debug:
             traceback.print_exc()

@@ -29,8 +29,9 @@ def clean(text: str) -> str:
 
 
 def number(value: float) -> str:
-    """A score or loss to three digits, with a true minus sign."""
-    return f"{value:.3g}".replace("-", "−")
+    """A score or loss to three digits, whole thousands in full, with a true minus sign."""
+    text = f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
+    return text.replace("-", "−")
 
 
 def percent(share: float) -> str:
@@ -42,9 +43,14 @@ def _console() -> Any:
     from rich.console import Console
 
     console = Console(markup=False, highlight=False, emoji=False)
+    console.on_broken_pipe = _reader_gone  # rich's own would exit with 1
     if not console.is_terminal:
         console.width = max(console.width, _PIPE_WIDTH)
     return console
+
+
+def _reader_gone() -> None:
+    raise BrokenPipeError
 
 
 @cache

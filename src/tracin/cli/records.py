@@ -7,11 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from tracin.cli.cards import Known, known, steps_of
-from tracin.explain import Attribution
+from tracin.explain import Attribution, Lesson
 from tracin.methods import TracInCP
 from tracin.plots import Explanation
 from tracin.results import SelfInfluence
-from tracin.scoring.evaluation import Evaluation
 from tracin.scoring.plan import Plan
 from tracin.scoring.verification import Verification
 from tracin.study import Study
@@ -39,22 +38,22 @@ def _classes(study: Study, fact: Known) -> Record:
 
 
 def suspect_records(
-    study: Study, own: SelfInfluence, losses: Evaluation, planted: Tensor | None = None
+    study: Study, own: SelfInfluence, lesson: Lesson, planted: Tensor | None = None
 ) -> list[Record]:
     """All training rows, the most self-influential first.
 
     Args:
         study: The study.
         own: Self-influence of every training row.
-        losses: Losses along the trajectory, predictions of the last checkpoint.
+        lesson: Losses along the trajectory, predictions of the last checkpoint.
         planted: Which labels were planted [n], where that is known.
 
     Returns:
         One record per row.
     """
     order = own.ranking().tolist()
-    facts = known(losses, range(len(order)))
-    last, mean, scores = losses.losses[-1].tolist(), losses.losses.mean(0).tolist(), own.values.tolist()
+    facts = known(range(len(order)), lesson.labels, lesson.predicted)
+    last, mean, scores = lesson.losses[-1].tolist(), lesson.losses.mean(0).tolist(), own.values.tolist()
     flags = {} if planted is None else {row: {"planted": flag} for row, flag in enumerate(planted.tolist())}
     return [
         {

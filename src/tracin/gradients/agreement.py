@@ -58,7 +58,7 @@ def relative_error(estimate: Tensor, reference: Tensor, dtype: torch.dtype, scal
     Returns:
         The error; infinity where one side is not finite and the other is.
     """
-    wide = torch.float64 if reference.device.type != "mps" else torch.float32
+    wide = accumulation_dtype(dtype)
     estimate, reference = estimate.reshape(-1).to(wide), reference.reshape(-1).to(wide)
     difference = float(torch.linalg.vector_norm(estimate - reference))
     if difference != difference:

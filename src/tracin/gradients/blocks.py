@@ -121,7 +121,7 @@ class Dense:
         return Dense(self.values * self.values.new_tensor(list(rates)).repeat_interleave(sizes))
 
     def weighted(self, weights: Tensor) -> Dense:
-        return replace(self, values=self.values * weights[:, None])
+        return replace(self, values=self.values * weights.to(self.values.dtype)[:, None])
 
     def rows(self, start: int, stop: int) -> Dense:
         return Dense(self.values[start:stop], self.splits)
@@ -197,7 +197,7 @@ class Outer:
         return replace(self, a=self.a * weight_rate, bias=self.bias * bias_rate)
 
     def weighted(self, weights: Tensor) -> Outer:
-        return replace(self, d=self.d * weights[:, None, None])
+        return replace(self, d=self.d * weights.to(self.d.dtype)[:, None, None])
 
     def rows(self, start: int, stop: int) -> Outer:
         return replace(self, a=self.a[start:stop], d=self.d[start:stop])
@@ -245,7 +245,7 @@ class Convolution:
         return replace(self, d=self.d * rate)
 
     def weighted(self, weights: Tensor) -> Convolution:
-        return replace(self, d=self.d * weights.view(-1, *[1] * (self.d.dim() - 1)))
+        return replace(self, d=self.d * weights.to(self.d.dtype).view(-1, *[1] * (self.d.dim() - 1)))
 
     def rows(self, start: int, stop: int) -> Convolution:
         return replace(self, x=self.x[start:stop], d=self.d[start:stop])
@@ -295,7 +295,7 @@ class Rows:
         return replace(self, d=self.d * rate)
 
     def weighted(self, weights: Tensor) -> Rows:
-        return replace(self, d=self.d * weights[:, None, None])
+        return replace(self, d=self.d * weights.to(self.d.dtype)[:, None, None])
 
     def rows(self, start: int, stop: int) -> Rows:
         return replace(self, index=self.index[start:stop], d=self.d[start:stop])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 
-__all__ = ["Call", "Tape", "recording"]
+__all__ = ["Call", "Tape", "recording", "tensors"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,11 @@ class Tape:
 
 
 def _detached(value: Any, copy: bool) -> Any:
+    if type(value) is tuple and len(value) == 1 and type(value[0]) is Tensor and not copy:
+        return (value[0].detach(),)
+    if not value:
+        return value
+
     def detach(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
@@ -54,7 +59,11 @@ def _detached(value: Any, copy: bool) -> Any:
     return pytree.tree_map(detach, value)
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors among a call's inputs, in order."""
+    if not kwargs and len(args) == 1 and isinstance(args[0], Tensor):
+        return [args[0]]
+    value = (args, kwargs)
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
@@ -72,11 +81,11 @@ class _Recorder:
             return
         if self.copy:
             args, kwargs = self._before.pop()
-        leaves = pytree.tree_leaves(output)
+        leaves = [output] if isinstance(output, Tensor) else pytree.tree_leaves(output)
         marked = [(at, leaf) for at, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
         if not marked:
             return
-        versions = () if self.copy else tuple((t, t._version) for t in _tensors((args, kwargs)) if not t.is_inference())
+        versions = () if self.copy else tuple((t, t._version) for t in tensors(args, kwargs) if not t.is_inference())
         call = Call(
             site=self.site,
             args=args if self.copy else _detached(args, False),

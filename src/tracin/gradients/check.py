@@ -1,29 +1,33 @@
 """The always-on check: on the first batch of a run, the gradients that will be scored against autograd's.
 
-(a) the sum of the per-example gradients equals autograd's gradient for every parameter; (b) the first and the last row's
-gradient equals autograd of ``losses[i]`` in the same graph; (c) ``losses[i]`` equals the loss of row i without the others
-(the row twice, since some models cannot run a batch of one). A parameter
-that fails (a) or (b) goes row by row from there on and is named; (c) is an error. A parameter whose reference is zero is
-checked in the first batch where it is not.
+(a) the sum of the per-example gradients, each with a weight of its own, equals autograd's gradient of the weighted sum of the
+losses for every parameter, in one backward pass that gives both; (b) for the few rows of the probe, the row's gradient equals
+autograd of ``losses[i]`` in the same graph (``wiring``); (c) ``losses[i]`` equals the loss of row i without the others (the
+row twice, since some models cannot run a batch of one). A parameter that fails (a) or (b) goes row by row from there on and
+is named; (c) is an error. A parameter whose reference is zero is checked in the first batch where it is not.
+
+The weights are ½, 1 and 2, so that dividing them out again is exact.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from tracin.data import Batch, row_checksums
-from tracin.errors import DataError, LossError
+from tracin.data import Batch, row_checksums, same_checksums, to_device
+from tracin.errors import DataError
 from tracin.gradients import reference
-from tracin.gradients.agreement import accumulation_dtype, is_zero, relative_error, tolerance
+from tracin.gradients.agreement import is_zero, relative_error, tolerance
 from tracin.gradients.engine import BatchGradients, Keys, Source, batch_gradients
 from tracin.gradients.wiring import LocalSite, RuleSite, Wiring
+from tracin.gradients.wiring import refuse_mixing as same_rows
 
-__all__ = ["checked_gradients", "gradient_errors", "refuse_mixing"]
+__all__ = ["checked_gradients", "row_errors", "refuse_mixing"]
 
 logger = logging.getLogger("tracin")
 
@@ -39,60 +43,69 @@ def _by_parameter(
     return out
 
 
-def _norm(gradients: Mapping[str, Tensor]) -> float:
-    return sum(float(torch.linalg.vector_norm(g.double())) ** 2 for g in gradients.values()) ** 0.5
+class _Comparison:
+    """The largest error of each parameter so far, and those whose reference was zero everywhere."""
+
+    def __init__(self, traced: Mapping[str, nn.Parameter], dtype: torch.dtype) -> None:
+        self.traced, self.dtype = traced, dtype
+        self.errors = dict.fromkeys(traced, 0.0)
+        self.zero = set(traced)
+
+    def add(
+        self,
+        blocks: Mapping[tuple[str, ...], Tensor],
+        truth: Mapping[str, Tensor],
+        scales: Mapping[str, float],
+        total: float,
+    ) -> None:
+        """Compare gradients [p] with autograd's; ``scales`` and ``total`` are as in ``relative_error``."""
+        mine = _by_parameter(blocks, self.traced)
+        for name, reference_gradient in truth.items():
+            if not is_zero(reference_gradient, self.dtype, total):
+                self.zero.discard(name)
+            estimate = mine.get(name)
+            if estimate is None:
+                estimate = torch.zeros_like(reference_gradient)
+            error = relative_error(estimate, reference_gradient, self.dtype, scales.get(name, 0.0), total)
+            self.errors[name] = max(self.errors[name], error)
 
 
-def gradient_errors(
-    found: BatchGradients, traced: Mapping[str, nn.Parameter], rows: list[int]
-) -> tuple[dict[str, float], set[str]]:
-    """Relative errors of a batch's gradients against autograd in the same graph.
+def row_errors(found: BatchGradients, traced: Mapping[str, nn.Parameter], rows: list[int]) -> dict[str, float]:
+    """Relative errors of single rows' gradients against autograd in the same graph.
 
     Args:
         found: Gradients with their graph kept.
         traced: Parameters to compare.
-        rows: Positions in the batch to compare one by one, besides the sum.
+        rows: Positions in the batch.
 
     Returns:
-        The largest error per parameter, and the parameters whose reference is zero everywhere here.
+        The largest error per parameter.
     """
-    dtype = found.losses.dtype
-    wanted = {names: block for names, block in found.blocks.items() if set(names) <= set(traced)}
-    norms = {names: block.squared_norm().double().sqrt() for names, block in wanted.items()}
-    rows_total = float(torch.stack([n.square() for n in norms.values()]).sum(0).sqrt().sum()) if norms else 0.0
-    scales = {name: float(norm.sum()) for names, norm in norms.items() for name in names}
-    errors = dict.fromkeys(traced, 0.0)
-    zero = set(traced)
-
-    def compare(mine: dict[str, Tensor], truth: dict[str, Tensor], scale: Mapping[str, float], total: float) -> None:
-        for name, reference_gradient in truth.items():
-            if not is_zero(reference_gradient, dtype, total):
-                zero.discard(name)
-            estimate = mine.get(name, torch.zeros_like(reference_gradient))
-            error = relative_error(estimate, reference_gradient, dtype, scale.get(name, 0.0), total)
-            errors[name] = max(errors[name], error)
-
-    ones = torch.ones_like(found.losses)
-    mixed = torch.linspace(0.5, 1.5, len(ones), dtype=ones.dtype, device=ones.device)[_shuffled(len(ones))]
-    for weights in (ones, mixed):
-        truth = reference.summed(found.losses, traced, weights)
-        total = max(rows_total, _norm(truth))
-        wide = weights.to(accumulation_dtype(dtype))
-        compare(_by_parameter({n: b.weighted(wide).total() for n, b in wanted.items()}, traced), truth, scales, total)
+    comparison = _Comparison(traced, found.losses.dtype)
     for row in rows:
         truth = reference.in_graph(found.losses, traced, row)
-        mine = {names: block.rows(row, row + 1).materialise()[0] for names, block in wanted.items()}
-        own = {name: float(torch.linalg.vector_norm(g)) for name, g in truth.items()}
-        compare(_by_parameter(mine, traced), truth, own, _norm(truth))
-    return errors, zero
+        norms = {name: float(torch.linalg.vector_norm(g)) for name, g in truth.items()}
+        mine = {names: block.rows(row, row + 1).materialise()[0] for names, block in found.blocks.items()}
+        comparison.add(mine, truth, norms, math.hypot(*norms.values()))
+    return comparison.errors
 
 
-def _shuffled(n: int) -> Tensor:
-    return torch.randperm(n, generator=torch.Generator().manual_seed(n))
+def _sum_errors(found: BatchGradients, against: Mapping[str, nn.Parameter]) -> tuple[dict[str, float], set[str]]:
+    """Errors of the weighted sum of a batch's gradients, and the parameters whose reference is zero."""
+    comparison = _Comparison(against, found.losses.dtype)
+    wanted = {names: block for names, block in found.blocks.items() if set(names) <= set(against)}
+    squares = {names: block.squared_norm() for names, block in wanted.items()}
+    scales = {name: float(square.sqrt().sum()) for names, square in squares.items() for name in names}
+    rows_total = float(torch.stack(list(squares.values())).sum(0).sqrt().sum()) if squares else 0.0
+    total = max(rows_total, math.hypot(*(float(torch.linalg.vector_norm(g)) for g in found.truth.values())))
+    comparison.add({names: block.total() for names, block in wanted.items()}, found.truth, scales, total)
+    return comparison.errors, comparison.zero
 
 
-def _check_rows(n: int) -> list[int]:
-    return sorted({0, n - 1})
+def _powers_of_two(losses_like: Tensor, n: int) -> Tensor:
+    """Weights ½, 1, 2 in a shuffled order: a backward pass weighted by them is exact to undo."""
+    exponents = torch.arange(n)[torch.randperm(n, generator=torch.Generator().manual_seed(n))] % 3 - 1
+    return torch.exp2(exponents.to(losses_like.dtype)).to(losses_like.device)
 
 
 def refuse_mixing(source: Source, batch: Batch, losses: Tensor, seen: Tensor | None) -> None:
@@ -102,36 +115,30 @@ def refuse_mixing(source: Source, batch: Batch, losses: Tensor, seen: Tensor | N
         source: The loss and its rows.
         batch: The batch whose losses these are.
         losses: Its losses [n].
-        seen: Checksums of the batch's rows from before the model ran, which may have written into the batch.
+        seen: Checksums of the batch's rows (in float64) from before the model ran, which may have written into the batch.
 
     Raises:
         LossError: The loss of a row depends on the rows around it.
         DataError: The dataset gave another row when asked again.
     """
-    losses = losses.detach()
-    spread = float(losses.abs().max())
-    bound, rounding = {torch.float64: (1e-8, 1e-10), torch.float32: (1e-3, 2e-5)}.get(losses.dtype, (0.1, 0.05))
-    for at in _check_rows(batch.size):
+    for at in sorted({0, batch.size - 1}):
         row = batch.rows[at]
-        again = source.rows.take([row])
         if seen is not None:
-            fresh = row_checksums(Batch([row], again))
-            same_shape = fresh is not None and _row_numel(again, 1) == _row_numel(batch.value, batch.size)
-            if same_shape and fresh is not None and float(fresh[0]) != float(seen[at]) and not _close(fresh[0], seen[at]):
-                raise DataError(
-                    f"{source.rows.name}: row {row} came back different when it was read again. Turn off augmentation and "
-                    "other randomness in the dataset for tracing."
-                )
+            _refuse_another_row(source, batch, row, seen[at])
         repeat = [row] * (3 if batch.size == 2 else 2)
-        single = source.run(source.take(repeat), repeat).detach()[0]
-        difference = float((single - losses[at]).abs())
-        if difference > bound * max(float(losses[at].abs()), 1e-3 * spread) + rounding:
-            raise LossError(
-                f"the loss of row {row} is {float(losses[at]):.6g} in its batch and {float(single):.6g} alone "
-                f"({source.where}): the model or the loss mixes rows, so a gradient per row does not exist. Look for batch "
-                "statistics (BatchNorm without running statistics), a division by the batch size, in-batch negatives, or "
-                "randomness that eval mode does not turn off."
-            )
+        again = source.run(source.take(repeat), repeat)
+        same_rows(losses[at : at + 1], again[:1], [row])
+
+
+def _refuse_another_row(source: Source, batch: Batch, row: int, seen: Tensor) -> None:
+    again = source.rows.take([row])
+    fresh = row_checksums(Batch([row], again), double=True)
+    same_shape = fresh is not None and _row_numel(again, 1) == _row_numel(batch.value, batch.size)
+    if fresh is not None and same_shape and not bool(same_checksums(fresh[0], seen)):
+        raise DataError(
+            f"{source.rows.name}: row {row} came back different when it was read again. Turn off augmentation and other "
+            "randomness in the dataset for tracing."
+        )
 
 
 def _row_numel(value: object, n: int) -> int:
@@ -139,10 +146,6 @@ def _row_numel(value: object, n: int) -> int:
 
     leaves = [x for x in pytree.tree_leaves(value) if isinstance(x, Tensor) and x.dim() and x.shape[0] == n]
     return sum(x.numel() // n for x in leaves)
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    return bool(torch.isclose(a, b, rtol=1e-5, atol=1e-6))
 
 
 def _demoted(wiring: Wiring, errors: Mapping[str, float]) -> Wiring:
@@ -191,26 +194,28 @@ def checked_gradients(
     wiring = source.wiring
     if wiring is None:
         raise RuntimeError("the source has no wiring yet")
-    if not first and not wiring.pending:
-        return batch_gradients(source, keys, batch, value, traced)
-    seen = row_checksums(batch) if first else None
-    found = batch_gradients(source, keys, batch, value, traced, keep_graph=True)
     names = set(traced) if first else set(wiring.pending)
+    if not names:
+        return batch_gradients(source, keys, batch, value, traced)
     names |= {name for pair in keys.fused if set(pair) & names for name in pair}
+    against = {name: traced[name] for name in traced if name in names}
+    seen = row_checksums(batch, double=True) if first else None
+    again = to_device(value, source.device, copy=True)
+    weights = _powers_of_two(next(iter(traced.values())), batch.size)
+    found = batch_gradients(source, keys, batch, value, traced, weights=weights, against=against)
     if first:
         refuse_mixing(source, batch, found.losses, seen)
-    elif not any(bool(g.any()) for g in reference.summed(found.losses, {n: traced[n] for n in names}).values()):
-        return BatchGradients(found.losses.detach(), found.blocks)
-    errors, zero = gradient_errors(found, {name: traced[name] for name in traced if name in names}, [batch.size - 1])
+    errors, zero = _sum_errors(found, against)
     failed = {name: error for name, error in errors.items() if error > tolerance(found.losses.dtype)}
     source.wiring = replace(wiring, pending=frozenset(zero) - set(wiring.unused))
-    if failed:
-        source.wiring = _demoted(source.wiring, failed)
-        logger.warning(
-            "%s went to the row-by-row route (%s): %s",
-            ", ".join(failed),
-            source.rows.name,
-            "; ".join(source.wiring.reasons[name] for name in failed),
-        )
-        return batch_gradients(source, keys, batch, value, traced)
-    return BatchGradients(found.losses.detach(), found.blocks)
+    if not failed:
+        blocks = {names: block.weighted(1.0 / weights) for names, block in found.blocks.items()}
+        return BatchGradients(found.losses, blocks)
+    source.wiring = _demoted(source.wiring, failed)
+    logger.warning(
+        "%s went to the row-by-row route (%s): %s",
+        ", ".join(failed),
+        source.rows.name,
+        "; ".join(source.wiring.reasons[name] for name in failed),
+    )
+    return batch_gradients(source, keys, batch, again, traced)

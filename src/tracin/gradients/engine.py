@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,9 @@ from tracin.errors import NotFiniteError
 from tracin.gradients import reference, shared
 from tracin.gradients.agreement import accumulation_dtype
 from tracin.gradients.blocks import Block, Dense, Sum, concatenate
-from tracin.gradients.capture import Call, Tape, recording
+from tracin.gradients.capture import Call, Tape, recording, tensors
 from tracin.gradients.graph import Graph, walk
+from tracin.gradients.local import CallLayout
 from tracin.gradients.wiring import (
     LOSS,
     LocalSite,
@@ -92,32 +94,34 @@ class Source:
 
 @dataclass(frozen=True)
 class BatchGradients:
-    """Losses [n] (with their graph where it was kept) and per-example gradients of a batch."""
+    """Losses [n] (with their graph where it was kept) and per-example gradients of a batch.
+
+    ``truth`` are autograd's own gradients of the weighted sum Σ v_n ℓ_n for the parameters that were asked for.
+    """
 
     losses: Tensor
     blocks: Blocks
+    truth: Mapping[str, Tensor] = field(default_factory=dict)
 
     def nbytes(self) -> int:
         """Memory that the blocks hold."""
         return sum(block.nbytes for block in self.blocks.values())
 
 
-def _layout_of(layouts: tuple, at: int, calls: int):  # noqa: ANN202 - a CallLayout or None
+def _layout_of(layouts: tuple[CallLayout, ...], at: int, calls: int) -> CallLayout | None:
     """The layout of call number ``at``; None where the calls of this batch cannot be matched with the probe's."""
     if calls == len(layouts):
         return layouts[at]
     return layouts[0] if len(set(layouts)) == 1 else None
 
 
-def _call_fits(call: Call, layout, n: int) -> bool:  # noqa: ANN001
-    from torch.utils import _pytree as pytree
-
+def _call_fits(call: Call, layout: CallLayout | None, n: int) -> bool:
     if layout is None or not call.intact() or len(call.shapes) != len(layout.outputs):
         return False
-    tensors = [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
-    if len(tensors) != len(layout.inputs):
+    inputs = tensors(call.args, call.kwargs)
+    if len(inputs) != len(layout.inputs):
         return False
-    inputs_fit = all(lay is None or lay.fits(x.shape, n) for lay, x in zip(layout.inputs, tensors, strict=True))
+    inputs_fit = all(lay is None or lay.fits(x.shape, n) for lay, x in zip(layout.inputs, inputs, strict=True))
     return inputs_fit and all(lay.fits(shape, n) for lay, shape in zip(layout.outputs, call.shapes, strict=True))
 
 
@@ -151,17 +155,41 @@ def irregular_names(wiring: Wiring, tape: Tape, graph: Graph, n: int) -> set[str
 Deltas = dict[str, list[list[Tensor | None]]]
 
 
-def _deltas(
-    losses: Tensor, tape: Tape, places: Mapping[str, list[shared.Meeting]], keep: bool
-) -> tuple[Deltas, dict[str, list[Tensor | None]]]:
-    """∂(Σℓ)/∂output of every recorded call, by site, call and output, and at every meeting of a shared parameter."""
-    edges = [edge for calls in tape.calls.values() for call in calls for edge in call.edges]
+@dataclass(frozen=True)
+class _Backward:
+    """∂(Σ v ℓ)/∂: every recorded call's outputs by site, every meeting of a shared parameter, and some parameters."""
+
+    calls: Deltas
+    places: dict[str, list[Tensor | None]]
+    parameters: dict[str, Tensor]
+
+
+def _backward(
+    losses: Tensor,
+    tape: Tape,
+    places: Mapping[str, list[shared.Meeting]],
+    weights: Tensor | None,
+    parameters: Mapping[str, Tensor],
+    keep: bool,
+) -> _Backward:
+    edges: list[Any] = [edge for calls in tape.calls.values() for call in calls for edge in call.edges]
     edges += [place.edge for found in places.values() for place in found]
+    edges += parameters.values()
     if not edges:
-        return {}, {}
-    found = iter(torch.autograd.grad(losses.sum(), edges, retain_graph=keep, allow_unused=True))
+        return _Backward({}, {}, {})
+    ones = torch.ones_like(losses) if weights is None else weights
+    keep = keep or bool(places and parameters)  # what made a shared tensor is differentiated once more
+    found = iter(torch.autograd.grad(losses, edges, ones, retain_graph=keep, allow_unused=True))
     by_call = {site: [[next(found) for _ in call.edges] for call in calls] for site, calls in tape.calls.items()}
-    return by_call, {name: [next(found) for _ in at] for name, at in places.items()}
+    by_place = {name: [next(found) for _ in at] for name, at in places.items()}
+    by_parameter = {name: next(found) for name in parameters}
+    return _Backward(by_call, by_place, {name: _dense(g, parameters[name]) for name, g in by_parameter.items()})
+
+
+def _dense(gradient: Tensor | None, parameter: Tensor) -> Tensor:
+    if gradient is None:
+        return torch.zeros_like(parameter)
+    return gradient if gradient.layout == torch.strided else gradient.to_dense()
 
 
 def _shared_blocks(
@@ -237,7 +265,15 @@ def _by_row_blocks(source: Source, keys: Keys, batch: Batch, names: set[str], tr
 
 
 def batch_gradients(
-    source: Source, keys: Keys, batch: Batch, value: object, traced: Mapping[str, nn.Parameter], keep_graph: bool = False
+    source: Source,
+    keys: Keys,
+    batch: Batch,
+    value: object,
+    traced: Mapping[str, nn.Parameter],
+    *,
+    weights: Tensor | None = None,
+    against: Mapping[str, nn.Parameter] | None = None,
+    keep_graph: bool = False,
 ) -> BatchGradients:
     """The per-example gradients of a batch.
 
@@ -247,7 +283,9 @@ def batch_gradients(
         batch: The batch's place in the data.
         value: The batch itself, on the device.
         traced: Parameters by name.
-        keep_graph: Keep the graph, for a check against autograd.
+        weights: Weights v [n] of the backward pass. The blocks are those of v_n ℓ_n.
+        against: Parameters whose own gradient is asked of the same backward pass.
+        keep_graph: Keep the graph of the losses.
 
     Returns:
         Losses and blocks.
@@ -269,12 +307,14 @@ def batch_gradients(
     source.irregular.update(dict.fromkeys(irregular, batch.size))
     slow = irregular | set(wiring.by_row)
     slow |= {name for pair in keys.fused if set(pair) & slow for name in pair}
-    deltas, at_places = _deltas(losses, tape, places, keep_graph)
-    blocks = _site_blocks(wiring, keys, tape, deltas, batch.size, slow, traced)
-    blocks |= _shared_blocks(graph, places, at_places, batch.size, traced)
-    blocks |= _by_row_blocks(source, keys, batch, slow, traced)
-    _refuse_not_finite(deltas, blocks, batch, source.where)
-    return BatchGradients(losses if keep_graph else losses.detach(), blocks)
+    back = _backward(losses, tape, places, weights, against or {}, keep_graph)
+    blocks = _site_blocks(wiring, keys, tape, back.calls, batch.size, slow, traced)
+    blocks |= _shared_blocks(graph, places, back.places, batch.size, traced)
+    by_row = _by_row_blocks(source, keys, batch, slow, traced)
+    if weights is not None:
+        by_row = {names: block.weighted(weights) for names, block in by_row.items()}
+    _refuse_not_finite(back.calls, blocks | by_row, batch, source.where)
+    return BatchGradients(losses if keep_graph else losses.detach(), blocks | by_row, back.parameters)
 
 
 def _refuse_not_finite(

@@ -23,17 +23,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from tracin.errors import LossError
 from tracin.gradients import local, reference, shared
 from tracin.gradients.agreement import accumulation_dtype, is_zero, relative_error, tolerance
 from tracin.gradients.blocks import Block, Sum
-from tracin.gradients.capture import Call, Tape, recording
+from tracin.gradients.capture import Call, Tape, recording, tensors
 from tracin.gradients.graph import Graph, walk
 from tracin.gradients.layout import Layout, candidates, owns, to_rows
 from tracin.gradients.local import CallLayout
 from tracin.gradients.rules import Rule, rule_for
 from tracin.gradients.shared import SharedSite
 
-__all__ = ["LOSS", "LocalSite", "LossModule", "RuleSite", "Wiring", "rule_blocks", "wire"]
+__all__ = ["LOSS", "LocalSite", "LossModule", "RuleSite", "Wiring", "refuse_mixing", "rule_blocks", "wire"]
 
 # Site name of the loss itself, which contains the model.
 LOSS = "(loss)"
@@ -137,12 +138,15 @@ def _probe(
         if any(id(p) in wanted for p in module.parameters()):
             sites[name] = module
     everything = frozenset(sites)
-    with recording(sites, everything) as more_tape:
-        more_graph = walk(run(take([*rows, rows[0]]), [*rows, rows[0]]), traced)
-    with recording(sites, everything) as back_tape:
-        run(take(rows[::-1]), rows[::-1])
     with recording(sites, everything) as tape:
         losses = run(take(rows), rows)
+    with recording(sites, everything) as more_tape:
+        more_losses = run(take([*rows, rows[0]]), [*rows, rows[0]])
+    with recording(sites, everything) as back_tape:
+        back_losses = run(take(rows[::-1]), rows[::-1])
+    refuse_mixing(losses, more_losses[:-1], rows)
+    refuse_mixing(losses, back_losses.flip(0), rows)
+    more_graph = walk(more_losses, traced)
     keys = [
         (site, at, out) for site, calls in tape.calls.items() for at, call in enumerate(calls) for out in range(len(call.edges))
     ]
@@ -157,6 +161,30 @@ def _probe(
         truth.append(reference.in_graph(losses, traced, row))
     totals = [float(torch.stack([torch.linalg.vector_norm(g) for g in row.values()]).double().norm()) for row in truth]
     return Probe(n, losses.dtype, tape, more_tape, back_tape, deltas, truth, graph, shared_found, totals)
+
+
+def refuse_mixing(losses: Tensor, others: Tensor, rows: Sequence[int]) -> None:
+    """Refuse a loss of a row that changes with the rows around it.
+
+    Args:
+        losses: The losses of some rows.
+        others: The losses of the same rows in another batch.
+        rows: Their positions.
+
+    Raises:
+        LossError: They differ beyond rounding.
+    """
+    mine, theirs = losses.detach(), others.detach()
+    bound, rounding = {torch.float64: (1e-8, 1e-10), torch.float32: (1e-3, 2e-5)}.get(mine.dtype, (0.1, 0.05))
+    allowed = bound * torch.maximum(mine.abs(), 1e-3 * mine.abs().max()) + rounding
+    wrong = (mine - theirs).abs() > allowed
+    if bool(wrong.any()):
+        at = int(wrong.nonzero()[0])
+        raise LossError(
+            f"the loss of row {rows[at]} is {float(mine[at]):.6g} in one batch and {float(theirs[at]):.6g} in another: the model "
+            "or the loss mixes rows, so a gradient per row does not exist. Look for batch statistics (BatchNorm without running "
+            "statistics), a division by the batch size, in-batch negatives, or randomness that eval mode does not turn off."
+        )
 
 
 def _shared_estimates(
@@ -249,7 +277,7 @@ def _same(x: Tensor, y: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _call_tensors(call: Call) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
+    return tensors(call.args, call.kwargs)
 
 
 def _site_layouts(probe: Probe, site: str, n_more: int) -> tuple[CallLayout, ...] | None:

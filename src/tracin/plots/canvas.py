@@ -97,10 +97,11 @@ def printable(text: str) -> str:
 
 @cache
 def text_width(text: str, size: float, weight: str = "normal") -> float:
-    """The width of a line of text in inches."""
+    """The width of a line of text in inches, as it will be drawn."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import text_to_path
 
+    text = printable(text)
     if not text:
         return 0.0
     font = FontProperties(family=list(families()), size=size, weight=weight)

@@ -106,7 +106,8 @@ def channels_last(array: np.ndarray) -> np.ndarray:
     if array.ndim == 2:
         return array
     if array.ndim == 3:
-        if array.shape[2] not in _CHANNELS and array.shape[0] in _CHANNELS:
+        first, last = array.shape[0], array.shape[2]
+        if (first in {1, 3} and last not in {1, 3}) or (first in _CHANNELS and last not in _CHANNELS):
             array = np.moveaxis(array, 0, 2)
         if array.shape[2] == 1:
             return array[..., 0]

@@ -9,7 +9,7 @@ import numpy as np
 from tracin.plots import Card, Explanation
 from tracin.plots.canvas import digits, signed
 from tracin.plots.pictures import Shown, png_bytes
-from tracin.report.markup import Markup, data_uri, join, tag
+from tracin.report.markup import Markup, data_uri, pairs, tag
 
 __all__ = ["card_grid", "face", "query_card"]
 
@@ -93,8 +93,8 @@ def face(card: Card, *, place: str) -> Markup:
         )
         return tag("div", picture, class_="face")
     if isinstance(shown, Mapping):
-        pairs = join(tag("dt", key) + tag("dd", shortened(value)) for key, value in shown.items())
-        return tag("div", tag("dl", pairs), class_="face words")
+        table = {key: shortened(value) for key, value in shown.items()}
+        return tag("div", pairs(table), class_="face words")
     return tag("div", shortened(shown), class_="face words")
 
 

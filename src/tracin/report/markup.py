@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import html
 from base64 import b64encode
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-__all__ = ["Markup", "data_uri", "join", "tag"]
+__all__ = ["Markup", "data_uri", "join", "pairs", "tag"]
 
 _VOID = frozenset({"img", "meta", "source", "link", "br"})
 
@@ -50,6 +50,13 @@ def tag(name: str, /, *children: object, **attributes: object) -> Markup:
     if name in _VOID:
         return Markup(f"<{name}{given}>")
     return Markup(f"<{name}{given}>{join(children)}</{name}>")
+
+
+def pairs(entries: Mapping[str, str], **attributes: object) -> Markup:
+    """Keys and values as a list of terms."""
+    return tag(
+        "dl", *(join([tag("dt", key), tag("dd", value)]) for key, value in entries.items()), **attributes
+    )
 
 
 def data_uri(content: bytes, kind: str = "image/png") -> str:

@@ -12,7 +12,7 @@ from tracin.plots.pictures import plain
 from tracin.plots.theme import ThemeName
 from tracin.report.cards import card_grid, query_card
 from tracin.report.data import Check, Fact, ReportData
-from tracin.report.markup import Markup, data_uri, join, tag
+from tracin.report.markup import Markup, data_uri, join, pairs, tag
 
 __all__ = ["check_section", "curve_section", "explanations", "facts", "made", "suspects_section"]
 
@@ -203,12 +203,8 @@ def trajectory(explanation: Explanation) -> Markup | None:
 
 def made(provenance: Mapping[str, Any]) -> Markup:
     """How the numbers were made."""
-    pairs = (tag("dt", key) + tag("dd", as_text(value)) for key, value in provenance.items())
-    return tag(
-        "section",
-        tag("h2", "How this was made"),
-        tag("dl", join(Markup(pair) for pair in pairs), class_="made"),
-    )
+    told = {key: as_text(value) for key, value in provenance.items()}
+    return tag("section", tag("h2", "How this was made"), pairs(told, class_="made"))
 
 
 def as_text(value: Any) -> str:

@@ -87,9 +87,14 @@ def refuse_mixing_layers(model: nn.Module) -> None:
         model: The user's model.
 
     Raises:
-        ModelError: Batch norm without running statistics, or an embedding whose gradient depends on the batch.
+        ModelError: Batch norm without running statistics, an embedding whose gradient depends on the batch, or TorchScript.
     """
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(
+                f"{name or 'the model'} is a TorchScript module, which runs without hooks and cannot be traced. Give the Python "
+                "module that it was scripted from, with its state_dict as the checkpoint."
+            )
         if isinstance(module, _BatchNorm) and (module.running_mean is None or module.running_var is None):
             raise ModelError(
                 f"{name or 'the model'} is a {type(module).__name__} without running statistics: it mixes the rows of a batch "

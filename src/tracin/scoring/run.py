@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from tracin.checkpoints import Trajectory
-from tracin.data import Batch, RowSource, open_rows, row_checksums, to_device
+from tracin.data import Batch, RowSource, open_rows, row_checksums, same_checksums, to_device
 from tracin.errors import DataError, LossError, NotFiniteError, OptionError, UserCodeError
 from tracin.gradients.agreement import accumulation_dtype
 from tracin.gradients.blocks import Block, dot
-from tracin.gradients.check import checked_gradients, refuse_mixing
+from tracin.gradients.check import checked_gradients
 from tracin.gradients.engine import BatchGradients, Keys, Source, name_not_finite
 from tracin.gradients.wiring import LossModule, wire
 from tracin.scoring.guard import LoadedModel, guarded
@@ -112,18 +112,23 @@ class Run:
         for source in self.sources():
             source.where = f"{source.rows.name}, {checkpoint.name}"
         if any(source.wiring is None for source in self.sources()):
-            for source in self.sources():
-                self._wire(source)
+            self._wire_all()
             self.keys = Keys.of(*(s.wiring for s in self.sources() if s.wiring is not None))
+
+    def _wire_all(self) -> None:
+        """Wire every source; queries under the training loss take the train rows' wiring, which their first batch checks."""
+        self._wire(self.train)
+        if self.queries is not None:
+            if self.queries.loss is self.train.loss:
+                self.queries.wiring = self.train.wiring
+            else:
+                self._wire(self.queries)
 
     def _wire(self, source: Source) -> None:
         n = len(source.rows)
         rows = sorted({0, n // 2, n - 1})
         try:
-            batch = Batch(rows, source.rows.take(rows))
-            losses = source.run(to_device(batch.value, source.device, copy=True), rows)
-            refuse_mixing(source, batch, losses, row_checksums(batch))
-            source.wiring = wire(source.root, self.selection.traced, source.run, source.take, rows)
+            source.wiring = wire(source.root, self.selection.traced, source.run, _steady(source), rows)
         except LossError:
             first = next(iter(source.rows.batches()))  # the user's own batch says more than the probe's
             source.run(to_device(first.value, source.device), first.rows)
@@ -148,9 +153,8 @@ class Run:
             return
         if seen is None:
             self._checksums[key] = found
-        elif not torch.equal(found, seen):
-            changed = found != seen if found.shape == seen.shape else torch.ones(1, dtype=torch.bool)
-            row = batch.start + int(changed.nonzero()[0])
+        elif bool((changed := (found != seen) & ~(found.isnan() & seen.isnan())).any()):
+            row = batch.rows[int(changed.nonzero()[0])]
             raise DataError(
                 f"{source.rows.name}: row {row} changed between two passes over the data. Turn off augmentation, shuffling "
                 "and other randomness in the dataset for tracing."
@@ -160,11 +164,38 @@ class Run:
         """A batch's per-example gradients; the first batch of each source is checked against autograd."""
         first = source.rows.name not in self._checked
         self._checked.add(source.rows.name)
-        return checked_gradients(source, self.keys, batch, value, self.selection.traced, first)
+        inherited = first and source is self.queries and source.wiring is self.train.wiring
+        spare = to_device(value, source.device, copy=True) if inherited else None
+        found = checked_gradients(source, self.keys, batch, value, self.selection.traced, first)
+        if inherited and source.irregular:
+            # The queries are not shaped like the train rows: they get a wiring of their own.
+            source.irregular.clear()
+            self._wire(source)
+            self.keys = Keys.of(*(s.wiring for s in self.sources() if s.wiring is not None))
+            return checked_gradients(source, self.keys, batch, spare, self.selection.traced, first)
+        return found
 
     def rates_of(self, names: tuple[str, ...]) -> tuple[float, ...]:
         """The weights w_c of a block's parameters at this checkpoint."""
         return tuple(self.rates[name] for name in names)
+
+
+def _steady(source: Source) -> Callable[[Sequence[int]], Any]:
+    """``source.take``, refusing a row that comes back different when it is read again."""
+    seen: dict[int, Tensor] = {}
+
+    def take(rows: Sequence[int]) -> Any:
+        value = source.rows.take(rows)
+        found = row_checksums(Batch(rows, value), double=True)
+        for at, row in enumerate(rows if found is not None else ()):
+            if found is not None and not bool(same_checksums(found[at], seen.setdefault(row, found[at]))):
+                raise DataError(
+                    f"{source.rows.name}: row {row} came back different when it was read again. Turn off augmentation and "
+                    "other randomness in the dataset for tracing."
+                )
+        return to_device(value, source.device)
+
+    return take
 
 
 def products(
@@ -201,7 +232,7 @@ def refuse_products(values: Tensor, found: BatchGradients, batch: Batch, where: 
     Raises:
         NotFiniteError: A product is NaN or infinite.
     """
-    if bool(torch.isfinite(values).all()):
+    if bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all()):
         return
     name_not_finite(found.blocks, batch, where)
     row = batch.rows[int((~torch.isfinite(values)).reshape(batch.size, -1).any(1).nonzero()[0])]

@@ -9,7 +9,7 @@ import torch
 from tracin.data import Batch, row_checksums, to_device
 from tracin.errors import RateError
 from tracin.gradients.agreement import tolerance
-from tracin.gradients.check import gradient_errors, refuse_mixing
+from tracin.gradients.check import refuse_mixing, row_errors
 from tracin.gradients.engine import batch_gradients
 from tracin.progress import progress
 from tracin.scoring.coverage import Coverage, coverage_of
@@ -73,11 +73,11 @@ def verify(run: Run, rows: int = 8, seed: int = 0) -> Verification:
             run.load(index)
             batch = Batch(chosen, run.train.rows.take(chosen))
             value = to_device(batch.value, run.loaded.device)
-            seen = row_checksums(batch)
+            seen = row_checksums(batch, double=True)
             found = batch_gradients(run.train, run.keys, batch, value, run.selection.traced, keep_graph=True)
             dtype = found.losses.dtype
             refuse_mixing(run.train, batch, found.losses, seen)
-            errors, _ = gradient_errors(found, run.selection.traced, list(range(len(chosen))))
+            errors = row_errors(found, run.selection.traced, list(range(len(chosen))))
             worst = {name: max(worst[name], error) for name, error in errors.items()}
             bar.advance(len(chosen))
     if run.train.wiring is None:
