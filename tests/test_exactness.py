@@ -1,4 +1,7 @@
-"""Every case against one-row-at-a-time autograd: influence, self-influence, top-k, normalize; two precisions."""
+"""Every case against one-row-at-a-time autograd: influence, self-influence, top-k, normalize; two precisions.
+
+Each verb has batch sizes of its own: of one row, with a short last batch, and larger than the data.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections")  # torch
 cases = pytest.mark.parametrize("case", CASES, ids=str)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.mark.parametrize("batch_size", [1, 3])
 @cases
 def test_influence(case: Case, batch_size: int) -> None:
     run = Run(case)
@@ -29,7 +32,7 @@ def test_influence(case: Case, batch_size: int) -> None:
 @cases
 def test_self_influence(case: Case) -> None:
     run = Run(case)
-    found = run.ask("self_influence", run.train, batch_size=3)
+    found = run.ask("self_influence", run.train, batch_size=2)
     if found is not None:
         oracle.assert_close(found.values, truth(case.name).own, 1e-10, "self-influence")
         assert found.train_ids.tolist() == list(range(N))
@@ -39,7 +42,7 @@ def test_self_influence(case: Case) -> None:
 def test_top_k(case: Case) -> None:
     """The k largest and the k smallest of the judge's scores, in order, signs kept."""
     run = Run(case)
-    found = run.ask("top_k", run.train, run.queries, k=3, batch_size=3)
+    found = run.ask("top_k", run.train, run.queries, k=3, batch_size=16)
     if found is None:
         return
     expected = truth(case.name).scores
@@ -55,7 +58,7 @@ def test_top_k(case: Case) -> None:
 @cases
 def test_normalize(case: Case) -> None:
     run = Run(case)
-    found = run.ask("influence", run.train, run.queries, rates=PLAIN, normalize=True, batch_size=3)
+    found = run.ask("influence", run.train, run.queries, rates=PLAIN, normalize=True, batch_size=5)
     if found is not None:
         oracle.assert_close(found.values, truth(case.name).cosines, 1e-10, "normalized scores")
 

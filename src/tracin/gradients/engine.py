@@ -8,18 +8,19 @@ number of uses, another shape) sends that parameter row by row for this batch.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from tracin.data import Batch, RowSource, to_device
 from tracin.errors import NotFiniteError
 from tracin.gradients import reference, shared
 from tracin.gradients.agreement import accumulation_dtype
-from tracin.gradients.blocks import Block, Dense, Sum, concatenate
+from tracin.gradients.blocks import Block, Dense, Outer, Rows, Sum, concatenate
 from tracin.gradients.capture import Call, Tape, recording, tensors
 from tracin.gradients.graph import Graph, walk
 from tracin.gradients.local import CallLayout
@@ -152,38 +153,74 @@ def irregular_names(wiring: Wiring, tape: Tape, graph: Graph, n: int) -> set[str
     return out
 
 
-Deltas = dict[str, list[list[Tensor | None]]]
+# A recorded output: site, number of the call, number of the output.
+Output = tuple[str, int, int]
+
+
+def _marked(tape: Tape) -> dict[Any, list[tuple[Output, GradientEdge]]]:
+    """Recorded outputs by the node that made them."""
+    out: dict[Any, list[tuple[Output, GradientEdge]]] = {}
+    for site, calls in tape.calls.items():
+        for at, call in enumerate(calls):
+            for number, edge in enumerate(call.edges):
+                out.setdefault(edge.node, []).append(((site, at, number), edge))
+    return out
 
 
 @dataclass(frozen=True)
 class _Backward:
-    """∂(Σ v ℓ)/∂: every recorded call's outputs by site, every meeting of a shared parameter, and some parameters."""
+    """∂(Σ v ℓ)/∂ every meeting of a shared parameter, and some parameters' own gradients."""
 
-    calls: Deltas
     places: dict[str, list[Tensor | None]]
     parameters: dict[str, Tensor]
 
 
 def _backward(
     losses: Tensor,
-    tape: Tape,
+    graph: Graph,
+    marked: Mapping[Any, list[tuple[Output, GradientEdge]]],
     places: Mapping[str, list[shared.Meeting]],
+    receive: Callable[[Output, Tensor], None],
     weights: Tensor | None,
     parameters: Mapping[str, Tensor],
     keep: bool,
 ) -> _Backward:
-    edges: list[Any] = [edge for calls in tape.calls.values() for call in calls for edge in call.edges]
-    edges += [place.edge for found in places.values() for place in found]
-    edges += parameters.values()
-    if not edges:
-        return _Backward({}, {}, {})
+    """One backward pass. ``receive`` gets δ of every recorded output as soon as it is complete, so that it can be dropped.
+
+    Only the last outputs on every way down are asked of autograd; the pass runs through the nodes of all others, where a
+    hook reads δ. So δ of a whole network is never held at once.
+    """
+    ends = [(output, edge) for node, found in marked.items() if node in graph.ends for output, edge in found]
+    asked: list[Any] = [edge for _, edge in ends]
+    asked += [place.edge for found in places.values() for place in found]
+    asked += parameters.values()
+    if not asked:
+        return _Backward({}, {})
+
+    def reader(found: list[tuple[Output, GradientEdge]]) -> Callable[[Sequence[Tensor | None]], None]:
+        def read(gradients: Sequence[Tensor | None]) -> None:
+            for output, edge in found:
+                delta = gradients[edge.output_nr]
+                if delta is not None:
+                    receive(output, delta)
+
+        return read
+
+    passed = [(node, found) for node, found in marked.items() if node in graph.nodes and node not in graph.ends]
+    handles = [node.register_prehook(reader(found)) for node, found in passed]
     ones = torch.ones_like(losses) if weights is None else weights
     keep = keep or bool(places and parameters)  # what made a shared tensor is differentiated once more
-    found = iter(torch.autograd.grad(losses, edges, ones, retain_graph=keep, allow_unused=True))
-    by_call = {site: [[next(found) for _ in call.edges] for call in calls] for site, calls in tape.calls.items()}
-    by_place = {name: [next(found) for _ in at] for name, at in places.items()}
-    by_parameter = {name: next(found) for name in parameters}
-    return _Backward(by_call, by_place, {name: _dense(g, parameters[name]) for name, g in by_parameter.items()})
+    try:
+        got = iter(torch.autograd.grad(losses, asked, ones, retain_graph=keep, allow_unused=True))
+    finally:
+        for handle in handles:
+            handle.remove()
+    for output, _ in ends:
+        delta = next(got)
+        if delta is not None:
+            receive(output, delta)
+    by_place = {name: [next(got) for _ in at] for name, at in places.items()}
+    return _Backward(by_place, {name: _dense(next(got), parameter) for name, parameter in parameters.items()})
 
 
 def _dense(gradient: Tensor | None, parameter: Tensor) -> Tensor:
@@ -207,34 +244,53 @@ def _add(blocks: dict[tuple[str, ...], list[Block]], names: tuple[str, ...], blo
     blocks.setdefault(names, []).append(block)
 
 
-def _site_blocks(
-    wiring: Wiring, keys: Keys, tape: Tape, deltas: dict[str, list[list[Tensor | None]]], n: int, skipped: set[str],
-    traced: Mapping[str, nn.Parameter],
-) -> Blocks:
-    parts: dict[tuple[str, ...], list[Block]] = {}
-    for site in wiring.rules.values():
-        groups = [g for g in keys.groups(site) if not {site.roles[role] for role in g} & skipped]
-        calls = tape.calls.get(site.site, [])
-        for at, call in enumerate(calls):
-            delta = deltas[site.site][at][0]
-            if delta is not None and groups:
-                layout = _layout_of(site.layouts, at, len(calls))
-                for names, block in rule_blocks(site, call, layout, delta, n, groups).items():
-                    _add(parts, names, block)
-    for place in wiring.locals.values():
-        names_left = {name: own for name, own in place.names.items() if name not in skipped}
-        calls = tape.calls.get(place.site, [])
-        if names_left and calls:
+class _Collector:
+    """Blocks of a batch, made from δ as the backward pass brings it."""
+
+    def __init__(self, wiring: Wiring, keys: Keys, tape: Tape, n: int, skipped: set[str]) -> None:
+        self._wiring, self._tape, self._n = wiring, tape, n
+        self._groups = {
+            name: [g for g in keys.groups(site) if not {site.roles[role] for role in g} & skipped]
+            for name, site in wiring.rules.items()
+        }
+        self._skipped = skipped
+        self._parts: dict[tuple[str, ...], list[Block]] = {}
+        self._held: dict[Output, Tensor] = {}
+
+    def receive(self, output: Output, delta: Tensor) -> None:
+        """Turn δ of a site with a rule into blocks; keep that of the others."""
+        name, at, _ = output
+        site = self._wiring.rules.get(name)
+        if name in self._wiring.locals:
+            self._held[output] = delta
+        groups = self._groups.get(name)
+        if site is None or not groups:
+            return
+        calls = self._tape.calls[name]
+        layout = _layout_of(site.layouts, at, len(calls))
+        if layout is None:
+            raise RuntimeError(f"{name}: a call without a layout was not sent row by row")
+        for names, block in rule_blocks(site, calls[at], layout, delta.detach(), self._n, groups).items():
+            self._parts.setdefault(names, []).append(block)
+
+    def blocks(self, traced: Mapping[str, nn.Parameter]) -> Blocks:
+        """All blocks, those of the modules under vmap included."""
+        for place in self._wiring.locals.values():
+            names_left = {name: own for name, own in place.names.items() if name not in self._skipped}
+            calls = self._tape.calls.get(place.site, [])
+            if not names_left or not calls:
+                continue
+            deltas = [
+                [self._held.get((place.site, at, number)) for number in range(len(call.edges))] for at, call in enumerate(calls)
+            ]
             trial = LocalSite(place.site, place.module, names_left, place.layouts)
-            for name, values in local_estimates(trial, calls, deltas[place.site], n, traced).items():
-                _add(parts, (name,), Dense(values))
-    return {names: _joined(blocks) for names, blocks in parts.items()}
+            for name, values in local_estimates(trial, calls, deltas, self._n, traced).items():
+                self._parts.setdefault((name,), []).append(Dense(values))
+        return {names: _joined(blocks) for names, blocks in self._parts.items()}
 
 
 def _joined(blocks: list[Block]) -> Block:
     """Several uses of one parameter as one block: factors side by side along t where they can be."""
-    from tracin.gradients.blocks import Outer, Rows
-
     if len(blocks) == 1:
         return blocks[0]
     if all(isinstance(block, Outer) for block in blocks):
@@ -299,7 +355,8 @@ def batch_gradients(
     sites = wiring.sites()
     with recording(sites, frozenset(site for site in sites if site in wiring.locals)) as tape:
         losses = source.run(value, batch.rows)
-    graph = walk(losses, traced)
+    marked = _marked(tape)
+    graph = walk(losses, traced, marked)
     irregular = irregular_names(wiring, tape, graph, batch.size)
     met = {name: shared.meetings(site, graph, batch.size) for name, site in wiring.shared.items()}
     irregular |= {name for name, found in met.items() if found is None}
@@ -307,24 +364,22 @@ def batch_gradients(
     source.irregular.update(dict.fromkeys(irregular, batch.size))
     slow = irregular | set(wiring.by_row)
     slow |= {name for pair in keys.fused if set(pair) & slow for name in pair}
-    back = _backward(losses, tape, places, weights, against or {}, keep_graph)
-    blocks = _site_blocks(wiring, keys, tape, back.calls, batch.size, slow, traced)
+    collector = _Collector(wiring, keys, tape, batch.size, slow)
+    back = _backward(losses, graph, marked, places, collector.receive, weights, against or {}, keep_graph)
+    blocks = collector.blocks(traced)
     blocks |= _shared_blocks(graph, places, back.places, batch.size, traced)
     by_row = _by_row_blocks(source, keys, batch, slow, traced)
     if weights is not None:
         by_row = {names: block.weighted(weights) for names, block in by_row.items()}
-    _refuse_not_finite(back.calls, blocks | by_row, batch, source.where)
+    _refuse_not_finite(blocks | by_row, batch, source.where)
     return BatchGradients(losses if keep_graph else losses.detach(), blocks | by_row, back.parameters)
 
 
-def _refuse_not_finite(
-    deltas: dict[str, list[list[Tensor | None]]], blocks: Blocks, batch: Batch, where: str
-) -> None:
-    sums = [d.sum() for calls in deltas.values() for outs in calls for d in outs if d is not None]
-    sums += [block.values.sum() for block in blocks.values() if isinstance(block, Dense)]
-    if not sums or bool(torch.isfinite(torch.stack([s.float() for s in sums])).all()):
-        return
-    name_not_finite(blocks, batch, where)
+def _refuse_not_finite(blocks: Blocks, batch: Batch, where: str) -> None:
+    """Look at embeddings, whose products skip tokens that do not match; elsewhere a NaN reaches the product."""
+    tables = [part for block in blocks.values() for part in getattr(block, "parts", (block,)) if isinstance(part, Rows)]
+    if not all(bool(torch.isfinite(table.d.sum())) for table in tables):
+        name_not_finite(blocks, batch, where)
 
 
 def name_not_finite(blocks: Blocks, batch: Batch, where: str) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 __all__ = ["Graph", "walk"]
@@ -16,10 +17,15 @@ Made = tuple[Any, int]
 
 @dataclass(frozen=True)
 class Graph:
-    """Readers of every tensor in the graph, as (node, position among the node's inputs), and the parameters' leaves."""
+    """Readers of every tensor in the graph, as (node, position among the node's inputs), and the parameters' leaves.
+
+    ``ends`` are the marked nodes below which there is no other: a backward pass to them runs through all others.
+    """
 
     readers: dict[Made, list[tuple[Any, int]]]
     leaves: dict[str, Any]
+    nodes: set[Any]
+    ends: set[Any]
 
     def uses(self, name: str) -> int:
         """How often the graph reads a parameter; 0 for one that it does not reach."""
@@ -27,12 +33,13 @@ class Graph:
         return 0 if leaf is None else len(self.readers[leaf, 0])
 
 
-def walk(losses: Tensor, parameters: Mapping[str, Tensor]) -> Graph:
+def walk(losses: Tensor, parameters: Mapping[str, Tensor], marked: Collection[Any] = ()) -> Graph:
     """Walk the graph from the losses to the leaves, in an order that depends on the graph's structure alone.
 
     Args:
         losses: The losses with their graph.
         parameters: Leaf tensors by name.
+        marked: Nodes whose gradient will be asked for.
 
     Returns:
         The graph.
@@ -41,20 +48,33 @@ def walk(losses: Tensor, parameters: Mapping[str, Tensor]) -> Graph:
     readers: dict[Made, list[tuple[Any, int]]] = {}
     leaves: dict[str, Any] = {}
     if losses.grad_fn is None:
-        return Graph(readers, leaves)
-    seen = {losses.grad_fn}
-    stack: list[Any] = [losses.grad_fn]
+        return Graph(readers, leaves, set(), set())
+    seen: dict[Any, bool] = {}  # node → whether a marked node lies strictly below it
+    children: dict[Any, list[Any]] = {}
+    stack: list[tuple[Any, bool]] = [(losses.grad_fn, False)]
     while stack:
-        reader = stack.pop()
+        reader, done = stack.pop()
+        if done:
+            seen[reader] = any(child in marked or seen[child] for child in children.pop(reader))
+            continue
+        if reader in seen:
+            continue
+        seen[reader] = False
+        if type(reader) is _Leaf:
+            name = names.get(id(reader.variable))
+            if name is not None:
+                leaves[name] = reader
+            continue
+        stack.append((reader, True))
+        below = children[reader] = []
         for position, (node, output) in enumerate(reader.next_functions):
-            if node is None:
-                continue
-            readers.setdefault((node, output), []).append((reader, position))
-            if node in seen:
-                continue
-            seen.add(node)
-            stack.append(node)
-            variable = getattr(node, "variable", None)
-            if variable is not None and id(variable) in names:
-                leaves[names[id(variable)]] = node
-    return Graph(readers, leaves)
+            if node is not None:
+                readers.setdefault((node, output), []).append((reader, position))
+                below.append(node)
+                if node not in seen:
+                    stack.append((node, False))
+    return Graph(readers, leaves, set(seen), {node for node in marked if node in seen and not seen[node]})
+
+
+# The class of the nodes that hold parameters.
+_Leaf = type(torch.zeros(1, requires_grad=True).expand(1).grad_fn.next_functions[0][0])  # type: ignore[union-attr]

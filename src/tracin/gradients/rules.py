@@ -70,51 +70,50 @@ def _channel_sum(d: Tensor) -> Dense:
 def _convolution(layer: _ConvNd, x: Tensor, d: Tensor, wanted: frozenset[str]) -> Gradients:
     out: dict[tuple[str, ...], Block] = {}
     if "weight" in wanted:
-        n, k = x.shape[:2]
-        flat = x.flatten(0, 1)
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        sides = _padding(layer)
-        padded = F.pad(flat, sides, mode=mode) if any(sides) else flat
-        shape = ConvolutionShape(
-            layer.out_channels, layer.in_channels, layer.kernel_size, _ints(layer.stride), layer.dilation, layer.groups
-        )
-        out[("weight",)] = Convolution(padded.reshape(n, k, *padded.shape[1:]), d, shape)
+        padding, sides = _padding(layer)
+        if any(sides):
+            mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+            padded = F.pad(x.flatten(0, 1), sides, mode=mode)
+            x = padded.reshape(*x.shape[:2], *padded.shape[1:])
+        out["weight",] = _smaller(Convolution(x, d, _shape(layer, layer.out_channels, layer.in_channels, padding)))
     if "bias" in wanted:
-        out[("bias",)] = _channel_sum(d)
+        out["bias",] = _channel_sum(d)
     return out
 
 
-def _ints(values: Any) -> tuple[int, ...]:
-    return tuple(int(value) for value in values)
+def _shape(layer: _ConvNd, out_channels: int, in_channels: int, padding: tuple[int, ...]) -> ConvolutionShape:
+    stride, dilation = tuple(layer.stride), tuple(layer.dilation)
+    return ConvolutionShape(out_channels, in_channels, tuple(layer.kernel_size), stride, dilation, layer.groups, padding)
 
 
-def _padding(layer: _ConvNd) -> list[int]:
-    """Padding of both sides of each space axis, last axis first, as ``F.pad`` takes it."""
+def _smaller(block: Convolution) -> Block:
+    """Multiplied out where that takes less memory than the layer's input and δ."""
+    factors = block.x[0].numel() + block.d[0].numel()
+    return Dense(block.materialise()) if block.size <= factors else block
+
+
+def _padding(layer: _ConvNd) -> tuple[tuple[int, ...], list[int]]:
+    """Zeros on both sides of each space axis, and padding to do beforehand (last axis first, as ``F.pad`` takes it)."""
+    dims = len(layer.kernel_size)
+    if layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+        return tuple(int(side) for side in layer.padding), []
     sides: list[int] = []
-    for axis in reversed(range(len(layer.kernel_size))):
-        if layer.padding == "valid":
-            sides += [0, 0]
-        elif layer.padding == "same":
+    for axis in reversed(range(dims)):
+        if layer.padding == "same":
             total = layer.dilation[axis] * (layer.kernel_size[axis] - 1)
             sides += [total // 2, total - total // 2]
         else:
-            sides += [int(layer.padding[axis])] * 2
-    return sides
+            sides += [0 if isinstance(layer.padding, str) else int(layer.padding[axis])] * 2
+    return (0,) * dims, sides
 
 
 def _transposed_convolution(layer: _ConvTransposeNd, x: Tensor, d: Tensor, wanted: frozenset[str]) -> Gradients:
     out: dict[tuple[str, ...], Block] = {}
     if "weight" in wanted:
-        n, k = d.shape[:2]
-        flat = d.flatten(0, 1)
-        sides = _padding(layer)
-        padded = F.pad(flat, sides) if any(sides) else flat
-        shape = ConvolutionShape(
-            layer.in_channels, layer.out_channels, layer.kernel_size, _ints(layer.stride), layer.dilation, layer.groups
-        )
-        out[("weight",)] = Convolution(padded.reshape(n, k, *padded.shape[1:]), x, shape)
+        padding, _ = _padding(layer)
+        out["weight",] = _smaller(Convolution(d, x, _shape(layer, layer.in_channels, layer.out_channels, padding)))
     if "bias" in wanted:
-        out[("bias",)] = _channel_sum(d)
+        out["bias",] = _channel_sum(d)
     return out
 
 
@@ -159,10 +158,26 @@ def _group_norm(layer: nn.GroupNorm, x: Tensor, d: Tensor, wanted: frozenset[str
 def _batch_norm(layer: _BatchNorm, x: Tensor, d: Tensor, wanted: frozenset[str]) -> Gradients:
     if layer.running_mean is None or layer.running_var is None:
         raise ValueError("batch norm without running statistics mixes rows")
-    shape = [1, 1, -1] + [1] * (x.dim() - 3)
-    scale = torch.rsqrt(layer.running_var.to(x.dtype) + layer.eps).view(shape)
-    normalised = (x - layer.running_mean.to(x.dtype).view(shape)) * scale
-    return _affine(normalised, d, wanted, (2,))
+    n, k, channels = x.shape[:3]
+    # Batch norm's own backward pass with every channel of every row as a channel: one fused pass over x and δ.
+    _, weight, bias = torch.ops.aten.native_batch_norm_backward(
+        d.reshape(1, n * k * channels, -1),
+        x.reshape(1, n * k * channels, -1),
+        None,
+        layer.running_mean.to(x.dtype).repeat(n * k),
+        layer.running_var.to(x.dtype).repeat(n * k),
+        None,
+        None,
+        False,
+        layer.eps,
+        [False, True, True],
+    )
+    out: dict[tuple[str, ...], Block] = {}
+    if "weight" in wanted:
+        out["weight",] = Dense(weight.view(n, k, channels).sum(1))
+    if "bias" in wanted:
+        out["bias",] = Dense(bias.view(n, k, channels).sum(1))
+    return out
 
 
 _CONV = ("forward", "_conv_forward")

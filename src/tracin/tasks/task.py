@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -158,8 +159,10 @@ def row_losses(loss: Loss, model: nn.Module, value: Any, rows: Sequence[int], wh
             "the loss is cut off from the model's parameters (no gradient reaches it). Look for .detach(), "
             ".item(), torch.no_grad() or torch.inference_mode() in the loss or the model."
         )
-    finite = torch.isfinite(losses.detach())
-    if not bool(finite.all()):
+    if not math.isfinite(float(losses.detach().sum())):
+        finite = torch.isfinite(losses.detach())
+        if bool(finite.all()):
+            return losses
         at = int((~finite).nonzero()[0])
         row, value_text = rows[at], float(losses.detach()[at])
         raise NotFiniteError(

@@ -1,0 +1,87 @@
+"""The cost told before the run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import oracle
+import tracin
+from scoring.common import M, N, RATES, method, net, rows, trajectory
+from tracin.scoring.plan import Plan, Route
+
+
+def test_a_plan_tells_passes_memory_time_and_routes() -> None:
+    chosen = method()
+    with oracle.untouched(chosen.task.model):
+        plan = chosen.plan(rows(N, 1), rows(M, 2))
+    assert plan.passes == len(RATES)
+    assert plan.seconds > 0
+    assert plan.peak_bytes > M * N * 8, "the result itself is part of the peak"
+    assert {route.parameters for route in plan.routes} == {("0.weight", "0.bias"), ("2.weight", "2.bias")}
+    assert {route.route for route in plan.routes} == {"rule Linear"}
+    assert all(route.reason == "" and route.bytes_per_query > 0 for route in plan.routes)
+    text = str(plan)
+    assert "2 passes over the train rows" in text
+    assert "off the fast route" not in text
+
+
+def test_more_rows_cost_more() -> None:
+    few, many = (method().plan(rows(N, 1), rows(m, 2)) for m in (M, 400))
+    assert many.peak_bytes > few.peak_bytes
+    small, large = (method().plan(rows(n, 1), rows(M, 2)) for n in (N, 1100))
+    assert large.seconds > 10 * small.seconds / 5, "a hundred times the rows"
+    assert large.peak_bytes > small.peak_bytes
+
+
+def test_less_memory_means_more_passes_and_a_lower_peak() -> None:
+    queries = rows(400, 2)
+    roomy, tight = (method(memory=memory).plan(rows(N, 1), queries) for memory in ("2GiB", "20kB"))
+    assert roomy.passes == len(RATES)
+    assert tight.passes > roomy.passes
+    assert tight.passes % len(RATES) == 0
+    assert tight.peak_bytes < roomy.peak_bytes
+
+
+def test_a_slow_route_is_told_with_its_reason() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.PReLU(6), nn.Linear(6, 3)).double()
+    states = [tracin.Checkpoint(model.state_dict(), learning_rate=0.1)]
+    chosen = tracin.TracInCP(
+        tracin.Task(model, tracin.losses.cross_entropy), tracin.Trajectory(states), device="cpu", progress=False
+    )
+    plan = chosen.plan(rows(N, 1), rows(M, 2))
+    (slow,) = [route for route in plan.routes if not route.route.startswith("rule")]
+    assert slow.parameters == ("1.weight",)
+    assert slow.route == "vmap PReLU"
+    assert "no rule" in slow.reason
+    assert "1 of 3 blocks off the fast route" in str(plan)
+
+
+def test_how_the_queries_are_held() -> None:
+    """A long sequence through a narrow layer is multiplied out, a single use of a wide one stays factored."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(60, 50)).double()
+    x = torch.randn(6, 20, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    task = tracin.Task(model, lambda m, batch: m(batch[0]).square().sum(1))
+    states = tracin.Trajectory([tracin.Checkpoint(model.state_dict(), learning_rate=0.1)])
+    plan = tracin.TracInCP(task, states, device="cpu", progress=False).plan((x,), (x[:3],))
+    held = {route.parameters[0]: route.queries_held for route in plan.routes}
+    assert held == {"0.weight": "Dense", "3.weight": "Outer"}
+    size = {route.parameters[0]: route.bytes_per_query for route in plan.routes}
+    assert size == {"0.weight": 15 * 8, "3.weight": 110 * 8}
+
+
+def test_words() -> None:
+    route = Route(("a",), "by row", "Dense", 8, "why")
+    assert str(Plan(3 << 20, 1.25, 4, (route,))) == (
+        "4 passes over the train rows, about 1.2 s, peak 3 MiB; 1 of 1 blocks off the fast route"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    chosen = tracin.TracInCP(
+        tracin.Task(net(0, dtype), tracin.losses.cross_entropy), trajectory(dtype), device="cpu", progress=False
+    )
+    plan = chosen.plan(rows(N, 1, dtype), rows(M, 2, dtype))
+    assert plan.peak_bytes > M * N * 4
