@@ -87,7 +87,9 @@ def machine(threads: int, clock: str) -> dict[str, Any]:
 
 def ours(workload: Workload) -> tracin.TracInCP:
     task = tracin.Task(workload.model, workload.case.loss)
-    return tracin.TracInCP(task, workload.trajectory, batch_size=workload.case.batch, device="cpu", progress=False)
+    return tracin.TracInCP(
+        task, workload.trajectory, batch_size=workload.case.batch, device="cpu", progress=False
+    )
 
 
 def runners(workload: Workload, wanted: frozenset[str]) -> dict[str, Callable[[], Any]]:
@@ -164,7 +166,10 @@ def warm_up(
         try:
             seconds, results[label] = timed(run, clock)
         except Exception as error:
-            if label in {"vmap", "captum"}:  # a peer that cannot run this model is a finding, told in the table
+            if label in {
+                "vmap",
+                "captum",
+            }:  # a peer that cannot run this model is a finding, told in the table
                 found[label].note = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
                 continue
             raise

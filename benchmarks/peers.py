@@ -132,7 +132,10 @@ def captum_fast(workload: Workload) -> Tensor:
 
 def captum_exact(workload: Workload, rows: Sequence[int], queries: Sequence[int]) -> Tensor:
     """Captum's slow exact path, on a few rows: for its error alone."""
-    few = [tuple(leaf[list(at)] for leaf in side) for side, at in ((workload.train, rows), (workload.queries, queries))]
+    few = [
+        tuple(leaf[list(at)] for leaf in side)
+        for side, at in ((workload.train, rows), (workload.queries, queries))
+    ]
     return _captum(workload, few[0], few[1], fast=False)
 
 

@@ -26,17 +26,32 @@ METHODS = ("influence", "top_k", "self_influence", "vmap", "captum")
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Speed as ratios to one plain pass.")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL", help=", ".join(MODELS))
-    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL", help=", ".join(MODELS)
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=", ".join(METHODS)
+    )
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (2)")
     parser.add_argument("--rounds", type=int, default=7, help="counted rounds after the warm-up (7)")
-    parser.add_argument("--patience", type=float, default=10.0, help="a peer slower than this many seconds runs once (10)")
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu, with --threads 1: for a busy machine")
+    parser.add_argument(
+        "--patience", type=float, default=10.0, help="a peer slower than this many seconds runs once (10)"
+    )
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu, with --threads 1: for a busy machine"
+    )
     parser.add_argument("--data", type=Path, help="folder of Fashion-MNIST's idx files (Debian's place)")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the JSON files")
     parser.add_argument("--write-docs", action="store_true", help="write docs/results/speed.md")
-    parser.add_argument("--profile", choices=MODELS, metavar="MODEL", help="print our stages for one model, measure nothing else")
-    parser.add_argument("--verb", choices=METHODS[:3], default="influence", help="what to profile (influence)")
+    parser.add_argument(
+        "--profile",
+        choices=MODELS,
+        metavar="MODEL",
+        help="print our stages for one model, measure nothing else",
+    )
+    parser.add_argument(
+        "--verb", choices=METHODS[:3], default="influence", help="what to profile (influence)"
+    )
     parser.add_argument("--inside", choices=MODELS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -87,7 +102,9 @@ def apart(options: argparse.Namespace, name: str) -> None:
     words += ["--out", str(options.out), "--verb", options.verb]
     words += ["--profile", name] if options.profile else []
     threads = str(options.threads)
-    done = subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}, check=False)
+    done = subprocess.run(
+        words, env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}, check=False
+    )
     if done.returncode:
         raise SystemExit(done.returncode)
 

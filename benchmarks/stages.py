@@ -29,19 +29,23 @@ STAGES = {
     "compare with the pass before": ("tracin.scoring.run:Run.check_unchanged",),
     "forward": ("tracin.gradients.engine:Source.run",),
     "read the graph": ("tracin.gradients.engine:walk", "tracin.gradients.engine:irregular_names"),
-    "backward to the outputs": ("tracin.gradients.engine:_deltas",),
+    "backward to the outputs": ("tracin.gradients.engine:backward",),
     "other gradient work": ("tracin.gradients.check:batch_gradients",),
     "blocks by rules": ("tracin.gradients.engine:rule_blocks",),
-    "blocks by vmap": ("tracin.gradients.engine:local_estimates",),
     "blocks of shared parameters": ("tracin.gradients.engine:_shared_blocks",),
+    "blocks by vmap": ("tracin.gradients.engine:local_estimates",),
     "blocks row by row": ("tracin.gradients.engine:_by_row_blocks",),
     "look for NaN": ("tracin.gradients.engine:_refuse_not_finite", "tracin.scoring.passes:refuse_products"),
     "norms": ("tracin.scoring.passes:_norms", "tracin.scoring.passes:_weighted_norm"),
-    "hold the queries": ("tracin.scoring.passes:held", "tracin.scoring.passes:_weighted", "tracin.scoring.passes:_tile"),
+    "hold the queries": ("tracin.scoring.passes:_hold", "tracin.scoring.passes:_tile"),
     "products": ("tracin.scoring.run:dot",),
     "merge the lists": ("tracin.scoring.top_k:merge",),
 }
-PLAIN = {"load": ("peers:plain_load",), "forward": ("peers:plain_forward",), "backward": ("peers:plain_backward",)}
+PLAIN = {
+    "load": ("peers:plain_load",),
+    "forward": ("peers:plain_forward",),
+    "backward": ("peers:plain_backward",),
+}
 
 
 @dataclass
@@ -76,7 +80,9 @@ def _place(path: str) -> tuple[Any, str]:
     *parents, name = attributes.split(".")
     holder = functools.reduce(getattr, parents, importlib.import_module(module))
     if not hasattr(holder, name):
-        raise SystemExit(f"benchmarks/stages.py names {path}, which the library no longer has: update STAGES.")
+        raise SystemExit(
+            f"benchmarks/stages.py names {path}, which the library no longer has: update STAGES."
+        )
     return holder, name
 
 
@@ -133,7 +139,9 @@ def profile(workload: Workload, verb: str, rounds: int, clock: str) -> list[str]
     ]
 
 
-def _listed(title: str, clocks: Sequence[Clock], places: Mapping[str, Any], total: float, floor: float) -> list[str]:
+def _listed(
+    title: str, clocks: Sequence[Clock], places: Mapping[str, Any], total: float, floor: float
+) -> list[str]:
     """One line per stage, the longest first."""
     seconds = {stage: statistics.median(clock.seconds[stage] for clock in clocks) for stage in places}
     calls = clocks[-1].calls

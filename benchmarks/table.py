@@ -42,7 +42,10 @@ def lines(result: Result) -> list[str]:
     widths = [max(len(row[column]) for row in table) for column in range(len(HEADINGS))]
     out = [heading(result)]
     for row in table:
-        first, *rest = (cell.ljust(w) if at == 0 else cell.rjust(w) for at, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        first, *rest = (
+            cell.ljust(w) if at == 0 else cell.rjust(w)
+            for at, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
         out.append("  " + "  ".join([first, *rest]).rstrip())
     return out
 
@@ -76,5 +79,9 @@ def markdown(results: Sequence[Result]) -> str:
         rows = ["| " + " | ".join(HEADINGS) + " |", "|---|" + "---:|" * (len(HEADINGS) - 1)]
         rows += ["| " + " | ".join(cells(method)) + " |" for method in result.methods]
         title, sizes = heading(result).split(": ", 1)
-        parts.append(f"## {title}\n\n{sizes[0].upper()}{sizes[1:]}.\n\n" + "\n".join(rows) + f"\n\n{machine_line(result)}\n")
+        parts.append(
+            f"## {title}\n\n{sizes[0].upper()}{sizes[1:]}.\n\n"
+            + "\n".join(rows)
+            + f"\n\n{machine_line(result)}\n"
+        )
     return "\n".join(parts)

@@ -76,7 +76,7 @@ CASES = {
     "mlp": Case("MLP 784-256-64-10", mlp, ENTROPY, 2000, 100, 100, 3, 0.1, True),
     "cnn": Case("CNN, two conv and two linear layers", cnn, ENTROPY, 2000, 100, 100, 3, 0.1, True),
     "resnet": Case("ResNet with BatchNorm in eval", ResNet, ENTROPY, 2000, 100, 100, 3, 0.05, True),
-    "gpt": Case("GPT-2 shape, 64 tokens, tied", GPT_SHAPE, token_loss, 256, 16, 16, 1, 0.002, False),
+    "gpt": Case("GPT-2 shape, 64 tokens, tied", GPT_SHAPE, token_loss, 256, 16, 16, 3, 0.002, False),
 }
 NAMES = tuple(CASES)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import namedtuple
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -18,7 +17,13 @@ from tracin.errors import DataError, OptionError, UserCodeError
 N = 7
 X = torch.randn(N, 2, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(N)
-Pair = namedtuple("Pair", ["x", "y"])
+
+
+class Pair(NamedTuple):
+    """A batch with names."""
+
+    x: Tensor
+    y: Tensor
 
 
 class Rows(Dataset):
@@ -90,7 +95,9 @@ def test_batches_of_tensors_are_copies() -> None:
 
 
 def test_a_loader_keeps_its_batches_and_collate() -> None:
-    loader = DataLoader(Rows(), batch_size=2, collate_fn=lambda rows: {"x": len(rows), "y": Y[[at for _, at in rows]]})
+    loader = DataLoader(
+        Rows(), batch_size=2, collate_fn=lambda rows: {"x": len(rows), "y": Y[[at for _, at in rows]]}
+    )
     source = open_rows(loader, name="train", batch_size=3)
     assert list(source.sizes) == [2, 2, 2, 1]
     assert [batch.value["x"] for batch in source.batches()] == [2, 2, 2, 1]
@@ -164,7 +171,9 @@ def test_a_row_that_cannot_be_read_is_named() -> None:
     source = open_rows(Broken(), name="queries", batch_size=3)
     batches = source.batches()
     assert next(batches).size == 3
-    with pytest.raises(UserCodeError, match="the queries dataset raised OSError on row 4: no such picture") as caught:
+    with pytest.raises(
+        UserCodeError, match="the queries dataset raised OSError on row 4: no such picture"
+    ) as caught:
         next(batches)
     assert isinstance(caught.value.__cause__, OSError)
     loader = open_rows(DataLoader(Broken(), batch_size=3), name="queries", batch_size=3)
@@ -192,7 +201,7 @@ def test_rows_in_words(rows: Any, expected: str) -> None:
 def test_user_code_lets_control_flow_through() -> None:
     with pytest.raises(KeyboardInterrupt), user_code("the loss", [0]):
         raise KeyboardInterrupt
-    with pytest.raises(DataError, match="^ours$"), user_code("the loss", [0]):
+    with pytest.raises(DataError, match=r"^ours$"), user_code("the loss", [0]):
         raise DataError("ours")
 
 
@@ -211,7 +220,9 @@ def test_a_checksum_belongs_to_its_row(row: int, column: int, amount: float) -> 
     assert different.nonzero().flatten().tolist() == [row]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.bool])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.bool]
+)
 def test_checksums_see_order_within_a_row(dtype: torch.dtype) -> None:
     x = torch.tensor([[[0, 1, 0], [1, 1, 0]]]).to(dtype)
     plain = checksums(x)

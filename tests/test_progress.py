@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 
 import pytest
 
@@ -30,10 +29,10 @@ class Stream(io.TextIOWrapper):
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [100.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
-    yield now
+    return now
 
 
 def stream(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> Stream:
@@ -75,7 +74,8 @@ def test_a_run_that_grows(monkeypatch: pytest.MonkeyPatch, clock: list[float]) -
 
 
 @pytest.mark.parametrize(
-    ("seconds", "expected"), [(0.4, "0:00"), (59.6, "1:00"), (61.0, "1:01"), (3600.0, "1:00:00"), (36061.0, "10:01:01")]
+    ("seconds", "expected"),
+    [(0.4, "0:00"), (59.6, "1:00"), (61.0, "1:01"), (3600.0, "1:00:00"), (36061.0, "10:01:01")],
 )
 def test_spans(seconds: float, expected: str) -> None:
     assert module._span(seconds) == expected

@@ -75,7 +75,8 @@ def user_code(what: str, rows: Sequence[int], where: str = "") -> Iterator[None]
         where: The checkpoint and data source, for the message.
 
     Raises:
-        UserCodeError: From the original exception.
+        TracinError: Ours, unchanged.
+        UserCodeError: From any other exception.
     """
     try:
         yield
@@ -134,9 +135,11 @@ class _TensorRows:
             self._leaves.append(leaf.detach())
         if len(set(lengths.values())) > 1:
             told = ", ".join(f"{key} has {length}" for key, length in lengths.items())
-            raise DataError(f"{name}: tensors of unequal length ({told} rows). Every tensor needs one row per example.")
+            raise DataError(
+                f"{name}: tensors of unequal length ({told} rows). Every tensor needs one row per example."
+            )
         self._n = next(iter(lengths.values()), 0)
-        self.sizes = _even_sizes(self._n, batch_size)
+        self.sizes: Sequence[int] = _even_sizes(self._n, batch_size)
 
     def __len__(self) -> int:
         return self._n
@@ -168,10 +171,11 @@ class _DatasetRows:
 
     def take(self, rows: Sequence[int]) -> Any:
         rows = list(rows)
-        many = getattr(self._dataset, "__getitems__", None)
-        if callable(many):
+        many: Any = getattr(self._dataset, "__getitems__", None)
+        items: list[Any]
+        if many is not None:
             with user_code(f"the {self.name} dataset", rows):
-                items = list(many(rows))
+                items = [*many(rows)]
         else:
             items = [self._item(row) for row in rows]
         with user_code(f"the collate function of {self.name}", rows):
@@ -211,9 +215,13 @@ class _LoaderRows(_DatasetRows):
 
 def _loader_sizes(loader: DataLoader, name: str) -> list[int]:
     if isinstance(loader.dataset, IterableDataset):
-        raise DataError(f"{name}: an IterableDataset has no row positions. Use a map-style Dataset (with __getitem__).")
+        raise DataError(
+            f"{name}: an IterableDataset has no row positions. Use a map-style Dataset (with __getitem__)."
+        )
     if loader.batch_sampler is None:
-        raise DataError(f"{name}: a loader with batch_size=None has no batches of its own. Pass the dataset itself.")
+        raise DataError(
+            f"{name}: a loader with batch_size=None has no batches of its own. Pass the dataset itself."
+        )
     if getattr(loader, "drop_last", False):
         raise DataError(f"{name}: drop_last=True leaves rows out. Make the loader with drop_last=False.")
     n = len(loader.dataset)  # type: ignore[arg-type]
@@ -230,7 +238,9 @@ def _loader_sizes(loader: DataLoader, name: str) -> list[int]:
     return [len(rows) for rows in order]
 
 
-def open_rows(data: Any, *, name: str, batch_size: int, collate: Callable[[list], Any] | None = None) -> RowSource:
+def open_rows(
+    data: Any, *, name: str, batch_size: int, collate: Callable[[list], Any] | None = None
+) -> RowSource:
     """Read ``data`` as rows in order.
 
     Args:
@@ -258,7 +268,9 @@ def open_rows(data: Any, *, name: str, batch_size: int, collate: Callable[[list]
     if isinstance(data, DataLoader):
         rows = _LoaderRows(data, _loader_sizes(data, name), name)
     elif isinstance(data, IterableDataset):
-        raise DataError(f"{name}: an IterableDataset has no row positions. Use a map-style Dataset (with __getitem__).")
+        raise DataError(
+            f"{name}: an IterableDataset has no row positions. Use a map-style Dataset (with __getitem__)."
+        )
     elif isinstance(data, tuple | Mapping | Tensor):
         rows = _TensorRows(data, batch_size, name)
     elif hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, str | bytes):
@@ -307,7 +319,12 @@ def row_checksums(batch: Batch, *, double: bool = False) -> Tensor | None:
     """
     total = None
     for leaf in pytree.tree_leaves(batch.value):
-        if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != batch.size or leaf.is_complex():
+        if (
+            not isinstance(leaf, Tensor)
+            or leaf.dim() == 0
+            or leaf.shape[0] != batch.size
+            or leaf.is_complex()
+        ):
             continue
         flat = leaf.detach().reshape(batch.size, -1)
         if double or flat.dtype not in (torch.float32, torch.float64):

@@ -41,7 +41,11 @@ class _Lines(Progress):
         if now - self._last >= EVERY and self.done < self.total:
             self._last = now
             left = (now - self._start) / self.done * (self.total - self.done)
-            print(f"{self._label}: {self.done / self.total:.0%}, {_span(left)} left", file=self._stream, flush=True)
+            print(
+                f"{self._label}: {self.done / self.total:.0%}, {_span(left)} left",
+                file=self._stream,
+                flush=True,
+            )
 
 
 def _span(seconds: float) -> str:

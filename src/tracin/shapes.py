@@ -9,7 +9,7 @@ jaxtyping is a test dependency. Where it is not installed, ``Float[Tensor, "n t 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int, Shaped
@@ -19,7 +19,7 @@ else:
     except ImportError:
 
         class _Unchecked:
-            def __class_getitem__(cls, item):
+            def __class_getitem__(cls, item: tuple[Any, ...]) -> Any:
                 return item[0]
 
         Bool = Float = Int = Shaped = _Unchecked

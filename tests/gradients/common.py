@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from tracin.data import Batch, open_rows
 from tracin.gradients.engine import BatchGradients, Keys, Source, batch_gradients
-from tracin.gradients.wiring import LossModule, wire
+from tracin.gradients.sites import LossModule
+from tracin.gradients.wiring import wire
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -64,7 +65,7 @@ def traced(source: Source) -> dict[str, nn.Parameter]:
 def wired(source: Source) -> Source:
     """The source with its routes found on the first, middle and last row, as a run does it."""
     n = len(source.rows)
-    source.wiring = wire(source.root, traced(source), source.run, source.take, sorted({0, n // 2, n - 1}))
+    source.found = wire(source.root, traced(source), source.run, source.take, sorted({0, n // 2, n - 1}))
     return source
 
 

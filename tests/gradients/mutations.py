@@ -21,8 +21,12 @@ def _each(change: Change) -> Callable[[Compute], Compute]:
     """A mutation that changes every block that the rule makes."""
 
     def mutate(compute: Compute) -> Compute:
-        def wrong(layer: Any, x: Tensor, d: Tensor, wanted: frozenset[str]) -> Mapping[tuple[str, ...], Block]:
-            return {roles: change(layer, roles, block) for roles, block in compute(layer, x, d, wanted).items()}
+        def wrong(
+            layer: Any, x: Tensor, d: Tensor, wanted: frozenset[str]
+        ) -> Mapping[tuple[str, ...], Block]:
+            return {
+                roles: change(layer, roles, block) for roles, block in compute(layer, x, d, wanted).items()
+            }
 
         return wrong
 
@@ -53,13 +57,17 @@ def _exchanged(layer: Any, roles: tuple[str, ...], block: Block) -> Block:
     values = block.materialise().view(-1, *shape)
     if len(shape) == 1:
         return Dense(values.flip(1))
-    assert shape[0] == shape[1], "the layer under test has as many inputs as outputs, so that the shapes allow it"
+    assert shape[0] == shape[1], (
+        "the layer under test has as many inputs as outputs, so that the shapes allow it"
+    )
     return Dense(values.transpose(1, 2).flatten(1))
 
 
 def _rolled(layer: Any, roles: tuple[str, ...], block: Block) -> Block:
     """Each row's gradient given to the row after it: the sum over the batch stays right."""
-    return Dense(block.materialise().roll(1, 0), (layer.weight.numel(), layer.bias.numel()) if len(roles) > 1 else None)
+    return Dense(
+        block.materialise().roll(1, 0), (layer.weight.numel(), layer.bias.numel()) if len(roles) > 1 else None
+    )
 
 
 def _of_the_first(layer: Any, roles: tuple[str, ...], block: Block) -> Block:
@@ -91,7 +99,9 @@ def _padding_ignored(compute: Compute) -> Compute:
         over = d if transposed else x
         sides = [side for pad in reversed(layer.padding) for side in (-pad, pad)]
         shifted = F.pad(over.flatten(0, 1), sides).view_as(over)
-        found = compute(layer, x if transposed else shifted, shifted if transposed else d, wanted & {"weight"})
+        found = compute(
+            layer, x if transposed else shifted, shifted if transposed else d, wanted & {"weight"}
+        )
         return {**compute(layer, x, d, wanted - {"weight"}), **found}
 
     return wrong

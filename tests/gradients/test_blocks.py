@@ -13,18 +13,19 @@ from torch import Tensor
 
 from gradients.common import normal, seeded
 from tracin.gradients import blocks
-from tracin.gradients.blocks import Block, Convolution, Dense, Outer, Rows, Sum, concatenate, dot, held
+from tracin.gradients.blocks import Block, Convolution, Dense, Outer, Rows, Sum
 from tracin.gradients.convolution import ConvolutionShape
+from tracin.gradients.products import concatenate, dot, held
 
 Made = tuple[Block, Tensor]  # a block, and the same gradients multiplied out without it
 
 # All kinds hold one parameter of 18 entries: a weight [3, 6], a table of 3 rows of 6, a convolution [3, 2, 3].
-O, I, KERNEL, CHANNELS = 3, 6, 3, 2
-SIZE = O * I
+OUT, IN, KERNEL, CHANNELS = 3, 6, 3, 2
+SIZE = OUT * IN
 
 
 def outer(n: int, seed: int, t: int = 1) -> Made:
-    a, d = normal(n, t, I, seed=seed), normal(n, t, O, seed=seed + 1)
+    a, d = normal(n, t, IN, seed=seed), normal(n, t, OUT, seed=seed + 1)
     return Outer(a, d), torch.einsum("nto,nti->noi", d, a).reshape(n, -1)
 
 
@@ -33,10 +34,10 @@ def outer_of_many_uses(n: int, seed: int) -> Made:
 
 
 def rows(n: int, seed: int, t: int = 4) -> Made:
-    index = torch.randint(0, O, (n, t), generator=seeded(seed))  # t > O: every example repeats a row
-    d = normal(n, t, I, seed=seed + 1)
-    table = torch.einsum("ntv,nti->nvi", F.one_hot(index, O).double(), d)
-    return Rows(index, d, O), table.reshape(n, -1)
+    index = torch.randint(0, OUT, (n, t), generator=seeded(seed))  # t > OUT: every example repeats a row
+    d = normal(n, t, IN, seed=seed + 1)
+    table = torch.einsum("ntv,nti->nvi", F.one_hot(index, OUT).double(), d)
+    return Rows(index, d, OUT), table.reshape(n, -1)
 
 
 def rows_touched_once(n: int, seed: int) -> Made:
@@ -44,9 +45,9 @@ def rows_touched_once(n: int, seed: int) -> Made:
 
 
 def convolution(n: int, seed: int, k: int = 2) -> Made:
-    x, d = normal(n, k, CHANNELS, 7, seed=seed), normal(n, k, O, 5, seed=seed + 1)
-    shape = ConvolutionShape(O, CHANNELS, (KERNEL,), (1,), (1,), 1)
-    weight = torch.zeros(O, CHANNELS, KERNEL, dtype=torch.float64, requires_grad=True)
+    x, d = normal(n, k, CHANNELS, 7, seed=seed), normal(n, k, OUT, 5, seed=seed + 1)
+    shape = ConvolutionShape(OUT, CHANNELS, (KERNEL,), (1,), (1,), 1, (0,))
+    weight = torch.zeros(OUT, CHANNELS, KERNEL, dtype=torch.float64, requires_grad=True)
     truth = [torch.autograd.grad((F.conv1d(x[at], weight) * d[at]).sum(), weight)[0] for at in range(n)]
     return Convolution(x, d, shape), torch.stack(truth).reshape(n, -1)
 
@@ -83,8 +84,8 @@ def outer_with_bias(n: int, seed: int, t: int = 3, bias: float = 1.0) -> Made:
 
 
 def dense_with_bias(n: int, seed: int) -> Made:
-    values = normal(n, SIZE + O, seed=seed)
-    return Dense(values, (SIZE, O)), values.clone()
+    values = normal(n, SIZE + OUT, seed=seed)
+    return Dense(values, (SIZE, OUT)), values.clone()
 
 
 WITH_BIAS: dict[str, Callable[[int, int], Made]] = {
@@ -102,12 +103,16 @@ tiles = pytest.mark.parametrize("tile", [blocks.TILE, 40, 1], ids=["one tile", "
 def close(found: Tensor, truth: Tensor, what: str) -> None:
     assert found.shape == truth.shape, f"{what}: shape {tuple(found.shape)}, not {tuple(truth.shape)}"
     worst, largest = float((found - truth).abs().max()), float(truth.abs().max())
-    assert worst <= 1e-12 * max(largest, 1.0), f"{what}: off by {worst:.2e} where the largest is {largest:.2e}"
+    assert worst <= 1e-12 * max(largest, 1.0), (
+        f"{what}: off by {worst:.2e} where the largest is {largest:.2e}"
+    )
 
 
 @tiles
 @every_kind
-def test_every_kind_alone(make: Callable[[int, int], Made], tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_kind_alone(
+    make: Callable[[int, int], Made], tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(blocks, "TILE", tile)
     block, truth = make(5, 1)
     assert isinstance(block, Block)
@@ -147,7 +152,7 @@ def test_every_pair_with_a_bias(train: str, queries: str, tile: int, monkeypatch
 def test_a_convolution_in_groups(queries: str) -> None:
     """[2, 3, 3] in two groups has 18 entries too; its patches would be of another width."""
     x, d = normal(4, 1, 6, 5, seed=1), normal(4, 1, 2, 3, seed=2)
-    block = Convolution(x, d, ConvolutionShape(2, 6, (3,), (1,), (1,), 2))
+    block = Convolution(x, d, ConvolutionShape(2, 6, (3,), (1,), (1,), 2, (0,)))
     weight = torch.zeros(2, 3, 3, dtype=torch.float64, requires_grad=True)
     truth = torch.stack(
         [torch.autograd.grad((F.conv1d(x[at], weight, groups=2) * d[at]).sum(), weight)[0] for at in range(4)]
@@ -163,7 +168,7 @@ def test_a_convolution_in_groups(queries: str) -> None:
 @pytest.mark.parametrize("make", WITH_BIAS.values(), ids=list(WITH_BIAS))
 def test_rates_of_weight_and_bias(make: Callable[[int, int], Made], rates: tuple[float, float]) -> None:
     (queries, theirs), (train, mine) = make(3, 1), outer_with_bias(4, 7)
-    per_entry = torch.tensor([rates[0]] * SIZE + [rates[1]] * O, dtype=torch.float64)
+    per_entry = torch.tensor([rates[0]] * SIZE + [rates[1]] * OUT, dtype=torch.float64)
     scaled = queries.scaled(rates)
     close(scaled.materialise(), theirs * per_entry, "scaled")
     close(scaled.squared_norm(), (theirs * per_entry).square().sum(1), "the norm of scaled")
@@ -195,7 +200,9 @@ def test_the_norm_of_uses_that_cancel_is_not_negative() -> None:
         Outer(torch.cat([a, a], 1), torch.cat([d, -d], 1)),
         Rows(torch.zeros(3, 2, dtype=torch.int64), torch.cat([d, -d], 1), 4),
     ):
-        assert (block.squared_norm() >= 0).all(), f"{type(block).__name__}: a negative squared norm has no root"
+        assert (block.squared_norm() >= 0).all(), (
+            f"{type(block).__name__}: a negative squared norm has no root"
+        )
 
 
 @settings(max_examples=40)
@@ -252,7 +259,9 @@ def kinds_held(make: Callable[[int, int], Made], train_rows: Sequence[int]) -> s
         block, truth = make(3, 1)
         kept = held(block, n)
         close(kept.materialise(), truth, f"held for {n} train rows")
-        assert isinstance(kept, Dense | Outer | Rows), f"{type(kept).__name__} is not a kind to hold queries in"
+        assert isinstance(kept, Dense | Outer | Rows), (
+            f"{type(kept).__name__} is not a kind to hold queries in"
+        )
         train, mine = make(4, 30)
         close(dot(train, kept), mine @ truth.mT, f"products with what is held for {n} train rows")
         found.add(type(kept))
@@ -266,12 +275,14 @@ def test_queries_are_held_in_the_cheaper_way() -> None:
 
     def picture(n: int, seed: int) -> Made:
         x, d = normal(n, 1, 20, 3, seed=seed), normal(n, 1, 20, 1, seed=seed + 1)
-        block = Convolution(x, d, ConvolutionShape(20, 20, (3,), (1,), (1,), 1))
+        block = Convolution(x, d, ConvolutionShape(20, 20, (3,), (1,), (1,), 1, (0,)))
         return block, torch.einsum("no,ncx->nocx", d[:, 0, :, 0], x[:, 0]).reshape(n, -1)
 
     def long_table(n: int, seed: int) -> Made:
         index, d = torch.randint(0, 50, (n, 2), generator=seeded(seed)), normal(n, 2, 3, seed=seed)
-        return Rows(index, d, 50), torch.einsum("ntv,nti->nvi", F.one_hot(index, 50).double(), d).reshape(n, -1)
+        return Rows(index, d, 50), torch.einsum("ntv,nti->nvi", F.one_hot(index, 50).double(), d).reshape(
+            n, -1
+        )
 
     runs = (1, 10, 100_000)
     assert kinds_held(wide, runs) == {Outer}, "one use of a wide layer: two small products"
@@ -287,7 +298,9 @@ def test_queries_are_held_in_the_cheaper_way() -> None:
 def test_train_examples_of_another_length_count() -> None:
     block = outer(50, 1)[0]
     assert isinstance(held(block, 1000), Outer)
-    assert isinstance(held(block, 1000, train_uses=100), Dense), "100 uses a row: factored costs 100 times more"
+    assert isinstance(held(block, 1000, train_uses=100), Dense), (
+        "100 uses a row: factored costs 100 times more"
+    )
 
 
 @pytest.mark.parametrize("make", WITH_BIAS.values(), ids=list(WITH_BIAS))

@@ -76,7 +76,7 @@ def broken(source: Source, site: str, change: Callable[[Tensor], Tensor]) -> Non
         return found
 
     changed = replace(here, rule=replace(here.rule, compute=wrong))
-    source.wiring = replace(source.wiring, rules={**source.wiring.rules, site: changed})
+    source.found = replace(source.wiring, rules={**source.wiring.rules, site: changed})
 
 
 def times(factor: float) -> Callable[[Tensor], Tensor]:
@@ -277,5 +277,7 @@ def test_a_dataset_that_gives_another_row_when_asked_again_is_refused() -> None:
     source = wired(source_of(build(net), data))
     check(source)
     data.on = True
-    with pytest.raises(DataError, match=r"train: row \d came back different when it was read again.*augmentation"):
+    with pytest.raises(
+        DataError, match=r"train: row \d came back different when it was read again.*augmentation"
+    ):
         check(source)

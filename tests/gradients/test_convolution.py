@@ -23,9 +23,16 @@ def one_at_a_time(x: Tensor, d: Tensor, shape: ConvolutionShape) -> Tensor:
     """∂⟨conv(x_n, W), δ_n⟩/∂W of each picture by autograd."""
     out = []
     for picture, delta in zip(x, d, strict=True):
-        weight = x.new_zeros(shape.out_channels, shape.in_channels // shape.groups, *shape.kernel).requires_grad_()
+        weight = x.new_zeros(
+            shape.out_channels, shape.in_channels // shape.groups, *shape.kernel
+        ).requires_grad_()
         y = CONV[len(shape.kernel)](
-            picture[None], weight, stride=shape.stride, dilation=shape.dilation, groups=shape.groups
+            picture[None],
+            weight,
+            stride=shape.stride,
+            padding=shape.padding,
+            dilation=shape.dilation,
+            groups=shape.groups,
         )
         out.append(torch.autograd.grad((y[0] * delta).sum(), weight)[0])
     return torch.stack(out)
@@ -33,8 +40,10 @@ def one_at_a_time(x: Tensor, d: Tensor, shape: ConvolutionShape) -> Tensor:
 
 def pixels(space: tuple[int, ...], shape: ConvolutionShape) -> tuple[int, ...]:
     return tuple(
-        (size - d * (k - 1) - 1) // s + 1
-        for size, k, s, d in zip(space, shape.kernel, shape.stride, shape.dilation, strict=True)
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, k, s, d, p in zip(
+            space, shape.kernel, shape.stride, shape.dilation, shape.padding, strict=True
+        )
     )
 
 
@@ -44,10 +53,16 @@ def geometries(draw: Any) -> dict[str, Any]:
     dims, groups = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     few = st.integers(1, 3 if dims < 3 else 2)
     kernel, stride, dilation = (tuple(draw(few) for _ in range(dims)) for _ in range(3))
-    geometry = (groups * draw(few), groups * draw(few), kernel, stride, dilation, groups)
+    padding = tuple(draw(st.integers(0, 2)) for _ in range(dims))
+    geometry = (groups * draw(few), groups * draw(few), kernel, stride, dilation, groups, padding)
     # The remainder is what the last window leaves over, up to more than one stride.
     space = tuple(d * (k - 1) + 1 + draw(st.integers(0, 4)) for k, d in zip(kernel, dilation, strict=True))
-    return {"geometry": geometry, "space": space, "n": draw(st.integers(1, 4)), "seed": draw(st.integers(0, 999))}
+    return {
+        "geometry": geometry,
+        "space": space,
+        "n": draw(st.integers(1, 4)),
+        "seed": draw(st.integers(0, 999)),
+    }
 
 
 @settings(max_examples=60)
@@ -60,14 +75,18 @@ def test_both_routes(drawn: dict[str, Any]) -> None:
     assert truth[0].numel() == shape.weight_size
     for name, route in ROUTES.items():
         found = route(x, d, shape)
-        assert found.shape == truth.shape, f"{name}: {tuple(found.shape)}, not {tuple(truth.shape)} for {shape}"
-        torch.testing.assert_close(found, truth, rtol=1e-11, atol=1e-12, msg=lambda m, name=name: f"{name}, {shape}: {m}")
+        assert found.shape == truth.shape, (
+            f"{name}: {tuple(found.shape)}, not {tuple(truth.shape)} for {shape}"
+        )
+        torch.testing.assert_close(
+            found, truth, rtol=1e-11, atol=1e-12, msg=lambda m, name=name: f"{name}, {shape}: {m}"
+        )
     torch.testing.assert_close(weight_gradient(x, d, shape), truth, rtol=1e-11, atol=1e-12)
 
 
 def test_each_route_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small maps go by patches and large ones in float32 by the grouped convolution; both say the same."""
-    shape = ConvolutionShape(4, 4, (3, 3), (1, 1), (1, 1), 2)
+    shape = ConvolutionShape(24, 24, (3, 3), (1, 1), (1, 1), 2, (0, 0))
     taken = []
     for name in ("_by_patches", "_by_grouped_convolution"):
         route = getattr(convolution, name)
@@ -78,8 +97,8 @@ def test_each_route_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(convolution, name, noted)
     for side in (5, 20):
-        x = normal(3, 4, side, side, seed=1, dtype=torch.float32)
-        d = normal(3, 4, side - 2, side - 2, seed=2, dtype=torch.float32)
+        x = normal(3, 24, side, side, seed=1, dtype=torch.float32)
+        d = normal(3, 24, side - 2, side - 2, seed=2, dtype=torch.float32)
         truth = one_at_a_time(x, d, shape)
         torch.testing.assert_close(weight_gradient(x, d, shape), truth, rtol=1e-4, atol=1e-4)
     assert taken == ["_by_patches", "_by_grouped_convolution"]
@@ -88,16 +107,20 @@ def test_each_route_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_patches_are_what_each_pixel_reads() -> None:
     """x [1, 2, 7], kernel 3, dilation 2, stride 1: pixel p reads positions p, p+2, p+4 of each channel."""
     x = torch.arange(14.0).view(1, 2, 7)
-    shape = ConvolutionShape(1, 2, (3,), (1,), (2,), 1)
+    shape = ConvolutionShape(1, 2, (3,), (1,), (2,), 1, (0,))
     found = patches(x, shape)
     assert found.tolist() == [[[p, p + 2, p + 4, p + 7, p + 9, p + 11] for p in range(3)]]
     assert patches(x, shape, (2,)).shape == (1, 2, 6), "a map that is read in part: two pixels of three"
+    padded = patches(x, ConvolutionShape(1, 2, (3,), (1,), (2,), 1, (1,)))
+    assert padded[0, 0].tolist() == [0, 1, 3, 0, 8, 10], "one zero before each channel"
 
 
 def test_two_axes_of_different_geometry_are_not_exchanged() -> None:
     x = normal(2, 1, 6, 9, seed=1)
-    shape = ConvolutionShape(2, 1, (2, 3), (1, 2), (3, 1), 1)
+    shape = ConvolutionShape(2, 1, (2, 3), (1, 2), (3, 1), 1, (1, 2))
     d = normal(2, 2, *pixels((6, 9), shape), seed=2)
     truth = one_at_a_time(x, d, shape)
     for name, route in ROUTES.items():
-        torch.testing.assert_close(route(x, d, shape), truth, rtol=1e-11, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            route(x, d, shape), truth, rtol=1e-11, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+        )

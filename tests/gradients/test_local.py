@@ -14,7 +14,7 @@ from tracin.gradients import local
 from tracin.gradients.capture import recording
 from tracin.gradients.layout import Layout
 from tracin.gradients.local import CallLayout, gradients
-from tracin.gradients.wiring import LOSS
+from tracin.gradients.sites import LOSS
 
 
 class First(nn.Module):
@@ -31,7 +31,10 @@ class First(nn.Module):
 
 MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "lstm time first": (lambda: First(nn.LSTM(3, 2)), (3, 3)),
-    "gru batch first, both directions": (lambda: First(nn.GRU(3, 2, batch_first=True, bidirectional=True)), (4, 3)),
+    "gru batch first, both directions": (
+        lambda: First(nn.GRU(3, 2, batch_first=True, bidirectional=True)),
+        (4, 3),
+    ),
     "rnn of two layers": (lambda: First(nn.RNN(3, 2, num_layers=2)), (2, 3)),
     "prelu": (lambda: nn.Sequential(nn.Linear(3, 4), nn.PReLU(4)), (3,)),
     "instance norm": (lambda: nn.InstanceNorm1d(3, affine=True), (3, 5)),
@@ -69,10 +72,14 @@ def test_one_call(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for row in range(4):
         alone = (module(x[:, row : row + 1])[0] * delta[:, row : row + 1]).sum()
         for name, truth in zip(found, torch.autograd.grad(alone, list(module.parameters())), strict=True):
-            torch.testing.assert_close(found[name][row], truth, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                found[name][row], truth, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+            )
     wrong = CallLayout((Layout(0),), (Layout(0), Layout(1), Layout(1)))
     other = gradients(module, dict(module.named_parameters()), call, wrong, [delta, None, None], 4)
-    assert not torch.allclose(other["weight_hh_l0"], found["weight_hh_l0"]), "the case can tell the axes apart"
+    assert not torch.allclose(other["weight_hh_l0"], found["weight_hh_l0"]), (
+        "the case can tell the axes apart"
+    )
     assert output.shape == (4, 4, 2)
 
 
@@ -152,7 +159,9 @@ class Functional(nn.Module):
 
 
 def test_the_smallest_module_around_all_uses_is_taken() -> None:
-    source = wired(source_of(build(lambda: nn.Sequential(Functional(), nn.Linear(3, 2))), (normal(5, 3, seed=1),)))
+    source = wired(
+        source_of(build(lambda: nn.Sequential(Functional(), nn.Linear(3, 2))), (normal(5, 3, seed=1),))
+    )
     assert route(source, "0.layer.weight") == "vmap Functional"
     assert route(source, "0.layer.bias") == "rule Linear"
     assert source.wiring is not None

@@ -23,7 +23,7 @@ from tracin.gradients.agreement import tolerance
 from tracin.gradients.check import checked_gradients
 from tracin.gradients.engine import Source
 from tracin.gradients.rules import RULES
-from tracin.gradients.wiring import Wiring
+from tracin.gradients.sites import Wiring
 from tracin.scoring import run as run_module
 
 SHARED = "shared by the rows"
@@ -50,9 +50,13 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["
 
 
 def test_every_rule_is_mutated() -> None:
-    listed = {cls for cls, case in LAYERS.items() if mutations_of(case.model(torch.float64).get_submodule("layer"))}
+    listed = {
+        cls for cls, case in LAYERS.items() if mutations_of(case.model(torch.float64).get_submodule("layer"))
+    }
     assert listed == set(RULES), "a rule without a mutation is a rule that nobody judges"
-    named = {n for case in LAYERS.values() for n in mutations_of(case.model(torch.float64).get_submodule("layer"))}
+    named = {
+        n for case in LAYERS.values() for n in mutations_of(case.model(torch.float64).get_submodule("layer"))
+    }
     assert named == set(MUTATIONS)
 
 
@@ -98,7 +102,9 @@ def test_the_wiring_catches_it(cls: type[nn.Module], mutation: str, monkeypatch:
     table = {row.parameter: row for row in verified.coverage.table}
     for role in made_wrong(mutation, traced_by.task.model.get_submodule("layer")):
         row = table[f"layer.{role}"]
-        assert row.route != f"rule {cls.__name__}", f"{role} is still traced by a rule that is wrong: {mutation}"
+        assert row.route != f"rule {cls.__name__}", (
+            f"{role} is still traced by a rule that is wrong: {mutation}"
+        )
         assert row.traced
         if row.route != SHARED:
             assert "off by" in row.reason, f"{role}: the reason {row.reason!r} does not tell the error"
@@ -143,11 +149,13 @@ def test_the_first_batch_catches_it(
     source = replace(sound(cls, dtype))
     assert source.wiring is not None
     keys, parameters = keys_of(source), traced(source)
-    source.wiring = broken(source.wiring, cls, mutation)
+    source.found = broken(source.wiring, cls, mutation)
     batch = next(iter(source.rows.batches()))
     with caplog.at_level(logging.WARNING, "tracin"):
         found = checked_gradients(source, keys, batch, batch.value, parameters, first=True)
-    wrong = [name for name in parameters if name.startswith("layer.") and source.wiring.route(name) == "by row"]
+    wrong = [
+        name for name in parameters if name.startswith("layer.") and source.wiring.route(name) == "by row"
+    ]
     assert wrong, f"{cls.__name__}, {mutation}, {dtype}: not caught; routes {source.wiring.reasons}"
     for name in wrong:
         assert "off by" in source.wiring.reasons[name]
@@ -163,7 +171,9 @@ def test_the_first_batch_catches_it(
         largest = max(float(g.abs().max()) for g in grads)
         for name, gradient in zip(parameters, grads, strict=True):
             worst = float((values[name][row] - gradient.reshape(-1)).abs().max())
-            assert worst <= limit * largest, f"row {row} of {name} is off by {worst / largest:.1e} after the check"
+            assert worst <= limit * largest, (
+                f"row {row} of {name} is off by {worst / largest:.1e} after the check"
+            )
 
 
 @every_mutation

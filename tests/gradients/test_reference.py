@@ -62,7 +62,9 @@ def test_agrees_with_finite_differences(way: str) -> None:
     for name, found in all_ways(model, rows())[way].items():
         slope = finite_differences(model, rows(), name)
         assert not found.is_sparse
-        torch.testing.assert_close(found, slope, rtol=1e-7, atol=1e-8, msg=lambda m, name=name: f"{way}, {name}: {m}")
+        torch.testing.assert_close(
+            found, slope, rtol=1e-7, atol=1e-8, msg=lambda m, name=name: f"{way}, {name}: {m}"
+        )
 
 
 @pytest.mark.parametrize("way", ["in_graph", "alone"])

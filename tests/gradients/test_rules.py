@@ -46,11 +46,14 @@ HALVES = [
     (cls, role)
     for cls, case in LAYERS.items()
     for role in ("weight", "bias")
-    if len(dict(case.model(FLOAT64).named_parameters())) > 1 and hasattr(case.model(FLOAT64).get_submodule("layer"), role)
+    if len(dict(case.model(FLOAT64).named_parameters())) > 1
+    and hasattr(case.model(FLOAT64).get_submodule("layer"), role)
 ]
 
 
-@pytest.mark.parametrize(("cls", "role"), HALVES, ids=lambda value: value if isinstance(value, str) else value.__name__)
+@pytest.mark.parametrize(
+    ("cls", "role"), HALVES, ids=lambda value: value if isinstance(value, str) else value.__name__
+)
 def test_one_of_weight_and_bias_frozen(cls: type[nn.Module], role: str) -> None:
     """The rule is asked for one role alone."""
     model = LAYERS[cls].model(FLOAT64)
@@ -99,7 +102,9 @@ def test_a_subclass_keeps_the_rule_where_it_computes_the_same() -> None:
     ids=["forward", "_conv_forward"],
 )
 def test_a_subclass_that_computes_otherwise_is_exact_off_the_rule(make: object, name: str) -> None:
-    case = Layer(make, lambda n, seed: torch.randn(n, 2, 4, 4, generator=torch.Generator().manual_seed(seed)).double())  # type: ignore[arg-type]
+    case = Layer(
+        make, lambda n, seed: torch.randn(n, 2, 4, 4, generator=torch.Generator().manual_seed(seed)).double()
+    )  # type: ignore[arg-type]
     source = wired(source_of(case.model(FLOAT64), case.rows(5, 1, FLOAT64), loss))
     assert source.wiring is not None
     assert source.wiring.route(name).startswith("vmap")
@@ -112,7 +117,11 @@ def test_a_method_put_on_one_layer_is_noticed() -> None:
     model = build(lambda: nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)))
     layer = model[0]
     layer.forward = lambda x: nn.functional.linear(x, layer.weight.square(), layer.bias)
-    source = wired(source_of(model, (torch.randn(5, 3, dtype=FLOAT64, generator=torch.Generator().manual_seed(1)),), loss))
+    source = wired(
+        source_of(
+            model, (torch.randn(5, 3, dtype=FLOAT64, generator=torch.Generator().manual_seed(1)),), loss
+        )
+    )
     assert source.wiring is not None
     assert not source.wiring.route("0.weight").startswith("rule")
     assert_exact(source)

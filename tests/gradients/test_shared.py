@@ -45,7 +45,11 @@ JOINS: dict[str, tuple[str, Join, tuple[int, ...]]] = {
     "p / x": ("DivBackward0", lambda x, p: p / (x.square() + 1), (T, D)),
     "where x else p": ("WhereBackward0", lambda x, p: torch.where(x > 0, x, p), (T, D)),
     "where p else x": ("WhereBackward0", lambda x, p: torch.where(x > 0, p, x), (T, D)),
-    "expanded beside x": ("ExpandBackward0", lambda x, p: torch.cat([p.expand(len(x), -1, -1), x], 1), (1, D)),
+    "expanded beside x": (
+        "ExpandBackward0",
+        lambda x, p: torch.cat([p.expand(len(x), -1, -1), x], 1),
+        (1, D),
+    ),
 }
 
 WAYS: dict[str, tuple[Join, tuple[int, ...]]] = {
@@ -73,14 +77,18 @@ def joined(join: Join, shape: tuple[int, ...], n: int = 5) -> Source:
 
 
 def test_every_operation_has_a_case() -> None:
-    assert {operation for operation, _, _ in JOINS.values()} == set(FACTORS), "an operation without a case is not judged"
+    assert {operation for operation, _, _ in JOINS.values()} == set(FACTORS), (
+        "an operation without a case is not judged"
+    )
 
 
 @pytest.mark.parametrize("name", JOINS)
 def test_every_operation(name: str) -> None:
     operation, join, shape = JOINS[name]
     source = joined(join, shape)
-    assert route(source, "p") == SHARED, f"{name} left the fast route: {source.wiring and source.wiring.reasons}"
+    assert route(source, "p") == SHARED, (
+        f"{name} left the fast route: {source.wiring and source.wiring.reasons}"
+    )
     assert source.wiring is not None
     met = [step.operation for step in source.wiring.shared["p"].steps if step.layout is not None]
     assert met == [operation], f"{name}: the rows join in {met}"
@@ -91,7 +99,9 @@ def test_every_operation(name: str) -> None:
 @pytest.mark.parametrize("name", WAYS)
 def test_every_way_to_the_rows(name: str) -> None:
     source = joined(*WAYS[name])
-    assert route(source, "p") == SHARED, f"{name} left the fast route: {source.wiring and source.wiring.reasons}"
+    assert route(source, "p") == SHARED, (
+        f"{name} left the fast route: {source.wiring and source.wiring.reasons}"
+    )
     assert_exact(source)
     assert not source.irregular
 

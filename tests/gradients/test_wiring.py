@@ -26,7 +26,7 @@ from gradients.common import (
 from tracin.errors import UserCodeError
 from tracin.gradients.layout import Layout
 from tracin.gradients.rules import RULES
-from tracin.gradients.wiring import RuleSite, Wiring
+from tracin.gradients.sites import RuleSite, Wiring
 
 
 def wiring_of(make: Callable[[], nn.Module], *rows: Tensor, loss: Any = wave) -> tuple[Any, Wiring]:
@@ -229,13 +229,19 @@ def adapted_states() -> list[dict[str, Tensor]]:
 
 def adapted_method(batch_size: int = 3) -> tracin.TracInCP:
     rates = [0.3, 0.07]
-    checkpoints = [tracin.Checkpoint(s, learning_rate=r) for s, r in zip(adapted_states(), rates, strict=True)]
+    checkpoints = [
+        tracin.Checkpoint(s, learning_rate=r) for s, r in zip(adapted_states(), rates, strict=True)
+    ]
     task = tracin.Task(build(Adapted), wave)
-    return tracin.TracInCP(task, tracin.Trajectory(checkpoints), batch_size=batch_size, device="cpu", progress=False)
+    return tracin.TracInCP(
+        task, tracin.Trajectory(checkpoints), batch_size=batch_size, device="cpu", progress=False
+    )
 
 
 def adapted_truth(train: Any, queries: Any) -> Tensor:
-    sides = [oracle.trajectory_gradients(build(Adapted), wave, rows, adapted_states()) for rows in (train, queries)]
+    sides = [
+        oracle.trajectory_gradients(build(Adapted), wave, rows, adapted_states()) for rows in (train, queries)
+    ]
     return oracle.scores(*sides, [0.3, 0.07])
 
 
@@ -245,19 +251,25 @@ def test_a_gradient_of_zero_proves_nothing() -> None:
     source = wired(source_of(model, (normal(5, 3, seed=1),)))
     assert source.wiring is not None
     assert source.wiring.pending == {"A.weight"}
-    assert route(source, "A.weight") == "rule Linear", "pending: on its route, and compared where it is not zero"
+    assert route(source, "A.weight") == "rule Linear", (
+        "pending: on its route, and compared where it is not zero"
+    )
     assert_exact(source)
 
 
 @pytest.mark.parametrize("verb", ["influence", "top_k", "self_influence"])
-def test_a_pending_parameter_is_compared_at_the_second_checkpoint(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pending_parameter_is_compared_at_the_second_checkpoint(
+    verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A rule that is wrong for A cannot be caught at the first checkpoint, where A's gradient is zero."""
     sound = RULES[nn.Linear]
 
     def wrong(layer: nn.Linear, x: Tensor, d: Tensor, wanted: frozenset[str]) -> Any:
         found = sound.compute(layer, x, d, wanted)
         weights = d.new_full((len(d),), 1.001)
-        return {k: block.weighted(weights) if layer.out_features == 2 else block for k, block in found.items()}
+        return {
+            k: block.weighted(weights) if layer.out_features == 2 else block for k, block in found.items()
+        }
 
     monkeypatch.setitem(RULES, nn.Linear, replace(sound, compute=wrong))
     train, queries = (normal(7, 3, seed=1),), (normal(4, 3, seed=2),)
@@ -269,7 +281,9 @@ def test_a_pending_parameter_is_compared_at_the_second_checkpoint(verb: str, mon
         values = found.values
     elif verb == "top_k":
         found = method.top_k(train, queries, k=7)
-        values = torch.empty(4, 7, dtype=torch.float64).scatter_(1, found.proponents.ids, found.proponents.values)
+        values = torch.empty(4, 7, dtype=torch.float64).scatter_(
+            1, found.proponents.ids, found.proponents.values
+        )
     else:
         found = method.influence(train, queries)
         values = found.values
@@ -332,6 +346,6 @@ def test_a_model_that_cannot_run_three_rows_is_named(limit: int) -> None:
             return super().forward(x)
 
     source = source_of(build(lambda: Few(3, 2)), (normal(5, 3, seed=1),))
-    with pytest.raises(UserCodeError, match="rows 0, 2, 4.*fewer rows, please") as caught:
+    with pytest.raises(UserCodeError, match=r"rows 0, 2, 4.*fewer rows, please") as caught:
         wired(source)
     assert isinstance(caught.value.__cause__, ValueError)

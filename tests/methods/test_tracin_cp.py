@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import oracle
 import tracin
-from scoring.common import M, N, RATES, method, net, rows, task, trajectory
+from scoring.common import RATES, M, N, method, net, rows, task, trajectory
 from tracin.errors import AdaptiveOptimizerWarning, OptionError, RateError
 
 NAMES = ("0.weight", "0.bias", "2.weight", "2.bias")
@@ -34,7 +34,9 @@ def steps(**fields: Any) -> tracin.Trajectory:
     """The two checkpoints with these fields, one value each."""
     return tracin.Trajectory(
         [
-            tracin.Checkpoint(net(10 + at).state_dict(), step=at, **{key: value[at] for key, value in fields.items()})
+            tracin.Checkpoint(
+                net(10 + at).state_dict(), step=at, **{key: value[at] for key, value in fields.items()}
+            )
             for at in range(2)
         ]
     )
@@ -62,9 +64,13 @@ def test_a_weighting_asks_for_nothing_else() -> None:
         "uniform": steps(),
     }
     for weighting, given in only.items():
-        assert tracin.TracInCP(task(), given, weighting=weighting, **QUIET).self_influence(rows(N, 1)).values.all()
+        assert (
+            tracin.TracInCP(task(), given, weighting=weighting, **QUIET)
+            .self_influence(rows(N, 1))
+            .values.all()
+        )
         for other, missing in only.items():
-            if other != weighting and weighting != "uniform":
+            if weighting not in {other, "uniform"}:
                 with pytest.raises(RateError, match="step 0"):
                     tracin.TracInCP(task(), missing, weighting=weighting, **QUIET).self_influence(rows(N, 1))
 
@@ -86,7 +92,11 @@ def test_rates_per_parameter_where_a_pair_goes_row_by_row() -> None:
         def forward(self, x: Tensor) -> Tensor:
             out = self.layer(x)
             far = x[:, :1] > 50
-            return torch.where(far, x @ self.layer.weight.T + 2 * self.layer.bias, out) if bool(far.any()) else out
+            return (
+                torch.where(far, x @ self.layer.weight.T + 2 * self.layer.bias, out)
+                if bool(far.any())
+                else out
+            )
 
     model = Careful().double()
     states, rate = [model.state_dict()], [{"layer.weight": 0.3, "layer.bias": 0.04}]
@@ -95,10 +105,14 @@ def test_rates_per_parameter_where_a_pair_goes_row_by_row() -> None:
     loss = tracin.losses.cross_entropy
     sides = [oracle.trajectory_gradients(model, loss, side, states) for side in (train, queries)]
     chosen = tracin.TracInCP(
-        tracin.Task(model, loss), tracin.Trajectory([tracin.Checkpoint(states[0], learning_rate=rate[0])]), **QUIET
+        tracin.Task(model, loss),
+        tracin.Trajectory([tracin.Checkpoint(states[0], learning_rate=rate[0])]),
+        **QUIET,
     )
     oracle.assert_close(chosen.influence(train, queries).values, oracle.scores(*sides, rate), 1e-12, "scores")
-    oracle.assert_close(chosen.self_influence(train).values, oracle.self_influence(sides[0], rate), 1e-12, "own")
+    oracle.assert_close(
+        chosen.self_influence(train).values, oracle.self_influence(sides[0], rate), 1e-12, "own"
+    )
 
 
 @pytest.mark.parametrize("memory", ["2GiB", "1kB"])
@@ -163,7 +177,10 @@ def test_a_few_rows_that_fill_every_list_are_noted() -> None:
     assert "normalize=True" in note
     assert "rows fill" in note
     assert chosen.top_k(quiet, rows(40, 2), k=2).notes == ()
-    assert tracin.TracInCP(task(model), linear, normalize=True, **QUIET).top_k(loud, rows(40, 2), k=2).notes == ()
+    assert (
+        tracin.TracInCP(task(model), linear, normalize=True, **QUIET).top_k(loud, rows(40, 2), k=2).notes
+        == ()
+    )
     assert chosen.top_k(loud, rows(4, 2), k=2).notes == (), "four queries are too few to speak of all"
     assert chosen.top_k(loud, rows(40, 2), k=30).notes == (), "long lists hold half of all rows by themselves"
 

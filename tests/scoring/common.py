@@ -42,14 +42,20 @@ def task(model: nn.Module | None = None, **options: Any) -> tracin.Task:
 
 
 def method(**options: Any) -> tracin.TracInCP:
-    return tracin.TracInCP(task(), trajectory(), **{"batch_size": 4, "device": "cpu", "progress": False, **options})
+    return tracin.TracInCP(
+        task(), trajectory(), **{"batch_size": 4, "device": "cpu", "progress": False, **options}
+    )
 
 
 @contextmanager
-def run(train: Any = None, queries: Any = None, asked: tracin.Task | None = None, **options: Any) -> Iterator[Run]:
+def run(
+    train: Any = None, queries: Any = None, asked: tracin.Task | None = None, **options: Any
+) -> Iterator[Run]:
     """A run over the rows; ``queries=False`` has none."""
     settings = Settings(**{"batch_size": 4, "device": "cpu", "progress": False, **options})
     train = rows(N, 1) if train is None else train
     queries = rows(M, 2) if queries is None else queries
-    with opened(asked or task(), trajectory(), settings, train, None if queries is False else queries) as found:
+    with opened(
+        asked or task(), trajectory(), settings, train, None if queries is False else queries
+    ) as found:
         yield found

@@ -80,7 +80,10 @@ def test_outputs_that_raise_name_rows_and_checkpoint() -> None:
         raise KeyError("no logits here")
 
     asked = task(outputs=outputs)
-    with oracle.untouched(asked.model), pytest.raises(UserCodeError, match="outputs raised KeyError on rows 0-3 at queries"):
+    with (
+        oracle.untouched(asked.model),
+        pytest.raises(UserCodeError, match="outputs raised KeyError on rows 0-3 at queries"),
+    ):
         evaluate(asked, trajectory(), rows(N, 1), batch_size=4, device="cpu")
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 import oracle
 import tracin
-from scoring.common import M, N, RATES, method, net, rows, run, task, trajectory
+from scoring.common import RATES, M, N, method, net, rows, run, task, trajectory
 from tracin.errors import DataError, NotFiniteError, OptionError
 from tracin.gradients.blocks import Dense, Outer
 from tracin.progress import Progress
@@ -45,7 +45,9 @@ def test_self_influence(batch_size: int) -> None:
 def test_self_influence_under_rates_per_parameter() -> None:
     """The rate enters once, also where a weight and its bias share a block: √w on each side."""
     names = ("0.weight", "0.bias", "2.weight", "2.bias")
-    rates = [dict(zip(names, values, strict=True)) for values in ((0.3, 0.05, 0.0, 0.2), (0.01, 0.4, 0.2, 0.0))]
+    rates = [
+        dict(zip(names, values, strict=True)) for values in ((0.3, 0.05, 0.0, 0.2), (0.01, 0.4, 0.2, 0.0))
+    ]
     chosen = tracin.TracInCP(task(), trajectory(rates=rates), batch_size=4, device="cpu", progress=False)
     own, scores = chosen.self_influence(rows(N, 1)).values, chosen.influence(rows(N, 1), rows(M, 2)).values
     oracle.assert_close(own, oracle.self_influence(gradients()[0], rates), 1e-12, "self-influence")
@@ -53,7 +55,10 @@ def test_self_influence_under_rates_per_parameter() -> None:
 
 
 def test_normalized_self_influence_is_refused() -> None:
-    with pytest.raises(OptionError, match="same number for every row"), run(queries=False, normalize=True) as found:
+    with (
+        pytest.raises(OptionError, match="same number for every row"),
+        run(queries=False, normalize=True) as found,
+    ):
         self_influence(found)
 
 
@@ -61,7 +66,9 @@ def test_normalize_takes_one_rate_per_checkpoint() -> None:
     names = ("0.weight", "0.bias", "2.weight", "2.bias")
     several = trajectory(rates=[dict(zip(names, (0.1, 0.1, 0.1, 0.2), strict=True)), 0.1])
     chosen = tracin.TracInCP(task(), several, normalize=True, device="cpu", progress=False)
-    with pytest.raises(OptionError, match="one learning rate per checkpoint; checkpoint at step 0 has several"):
+    with pytest.raises(
+        OptionError, match="one learning rate per checkpoint; checkpoint at step 0 has several"
+    ):
         chosen.influence(rows(N, 1), rows(M, 2))
 
 
@@ -101,7 +108,9 @@ def test_passes_are_as_many_as_planned(memory: str) -> None:
     if memory == "2GiB":
         assert planned == len(RATES)
     else:
-        assert planned > len(RATES), "a small memory means tiles of queries, and a pass over the train rows for each"
+        assert planned > len(RATES), (
+            "a small memory means tiles of queries, and a pass over the train rows for each"
+        )
 
 
 def test_self_influence_reads_once_per_checkpoint() -> None:

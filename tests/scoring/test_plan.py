@@ -8,7 +8,7 @@ from torch import nn
 
 import oracle
 import tracin
-from scoring.common import M, N, RATES, method, net, rows, trajectory
+from scoring.common import RATES, M, N, method, net, rows, trajectory
 from tracin.scoring.plan import Plan, Route
 
 
@@ -48,7 +48,10 @@ def test_a_slow_route_is_told_with_its_reason() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.PReLU(6), nn.Linear(6, 3)).double()
     states = [tracin.Checkpoint(model.state_dict(), learning_rate=0.1)]
     chosen = tracin.TracInCP(
-        tracin.Task(model, tracin.losses.cross_entropy), tracin.Trajectory(states), device="cpu", progress=False
+        tracin.Task(model, tracin.losses.cross_entropy),
+        tracin.Trajectory(states),
+        device="cpu",
+        progress=False,
     )
     plan = chosen.plan(rows(N, 1), rows(M, 2))
     (slow,) = [route for route in plan.routes if not route.route.startswith("rule")]
@@ -81,7 +84,10 @@ def test_words() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_dtypes(dtype: torch.dtype) -> None:
     chosen = tracin.TracInCP(
-        tracin.Task(net(0, dtype), tracin.losses.cross_entropy), trajectory(dtype), device="cpu", progress=False
+        tracin.Task(net(0, dtype), tracin.losses.cross_entropy),
+        trajectory(dtype),
+        device="cpu",
+        progress=False,
     )
     plan = chosen.plan(rows(N, 1, dtype), rows(M, 2, dtype))
     assert plan.peak_bytes > M * N * 4

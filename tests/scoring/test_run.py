@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tracin
-from scoring.common import M, N, RATES, method, net, rows, run, task, trajectory
+from scoring.common import RATES, M, N, method, net, rows, run, task, trajectory
 from tracin.errors import OptionError, RateError
 from tracin.gradients.blocks import Dense
 from tracin.scoring import run as module
@@ -44,14 +44,16 @@ def test_memory(memory: Any, expected: int) -> None:
     "memory", ["", "GiB", "much", "-1GiB", "0", 0, -5, "1 PiB", "1.2.3GB", "infGB", "nan", True, "2 GB extra"]
 )
 def test_memory_that_cannot_be_read(memory: Any) -> None:
-    with pytest.raises(OptionError, match="memory is .*'2GiB'"):
+    with pytest.raises(OptionError, match=r"memory is .*'2GiB'"):
         parse_memory(memory)
 
 
 @given(amount=st.integers(1, 10**6), unit=st.sampled_from(["", "b", "kb", "kib", "mb", "mib", "gb", "gib"]))
 def test_memory_of_any_size(amount: int, unit: str) -> None:
     base = 1024 if "ib" in unit else 1000
-    assert parse_memory(f"{amount}{unit}") == amount * base ** " kmg".index((unit or "b")[0].replace("b", " "))
+    assert parse_memory(f"{amount}{unit}") == amount * base ** " kmg".index(
+        (unit or "b")[0].replace("b", " ")
+    )
 
 
 def test_each_checkpoint_is_loaded_with_its_rates() -> None:

@@ -60,7 +60,9 @@ def test_k_in_range() -> None:
 
 def rows(n: int, seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 4, generator=generator, dtype=torch.float64), torch.randint(0, 3, (n,), generator=generator)
+    return torch.randn(n, 4, generator=generator, dtype=torch.float64), torch.randint(
+        0, 3, (n,), generator=generator
+    )
 
 
 def method(**options: Any) -> tracin.TracInCP:
@@ -68,10 +70,15 @@ def method(**options: Any) -> tracin.TracInCP:
         torch.manual_seed(0)
         models = [nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double() for _ in range(C + 1)]
     trajectory = tracin.Trajectory(
-        [tracin.Checkpoint(m.state_dict(), learning_rate=r) for m, r in zip(models, (0.3, 0.07, 0.2), strict=False)]
+        [
+            tracin.Checkpoint(m.state_dict(), learning_rate=r)
+            for m, r in zip(models, (0.3, 0.07, 0.2), strict=False)
+        ]
     )
     task = tracin.Task(models[-1], tracin.losses.cross_entropy)
-    return tracin.TracInCP(task, trajectory, **{"batch_size": 4, "device": "cpu", "progress": False, **options})
+    return tracin.TracInCP(
+        task, trajectory, **{"batch_size": 4, "device": "cpu", "progress": False, **options}
+    )
 
 
 def check_lists(found: tracin.TopK, values: Tensor, k: int, allowed: Tensor | None = None) -> None:
@@ -150,4 +157,6 @@ def test_tiles_of_train_rows_follow_the_memory(memory: str, monkeypatch: pytest.
         assert set(seen) == {(M, N)}
     else:
         assert max(width for _, width in seen) <= 8, f"tiles of a batch or two were expected: {seen}"
-        assert sum(height * width for height, width in seen) == 2 * M * N, "each score is merged into both lists once"
+        assert sum(height * width for height, width in seen) == 2 * M * N, (
+            "each score is merged into both lists once"
+        )

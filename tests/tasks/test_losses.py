@@ -55,7 +55,9 @@ def test_what_models_return(name: str) -> None:
     assert torch.equal(predict(model, X), model.layer(X))
 
 
-@pytest.mark.parametrize("wrap", [lambda out: "logits", lambda out: {"scores": out}, lambda out: (), lambda out: ("a", out)])
+@pytest.mark.parametrize(
+    "wrap", [lambda out: "logits", lambda out: {"scores": out}, lambda out: (), lambda out: ("a", out)]
+)
 def test_what_has_no_prediction_in_it(wrap: Any) -> None:
     with pytest.raises(LossError, match="without 'logits'"):
         cross_entropy(Wrapped(wrap), (X, Y))
@@ -76,7 +78,9 @@ def test_what_a_batch_may_be(name: str) -> None:
     model = Wrapped(lambda out: out)
     inputs, targets = split_batch(BATCHES[name])
     assert torch.equal(targets, Y)
-    assert torch.equal(cross_entropy(model, BATCHES[name]), F.cross_entropy(model.layer(X), Y, reduction="none"))
+    assert torch.equal(
+        cross_entropy(model, BATCHES[name]), F.cross_entropy(model.layer(X), Y, reduction="none")
+    )
     assert isinstance(inputs, dict) == (name == "names of the model")
 
 

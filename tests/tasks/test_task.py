@@ -54,7 +54,9 @@ def test_tied_parameters_stand_once_under_their_first_name() -> None:
 @pytest.mark.parametrize("glob", ["nothing", ["*", "head.*"], "Body.*", ""])
 def test_a_glob_that_matches_nothing(glob: Any) -> None:
     missing = glob if isinstance(glob, str) else glob[-1]
-    with pytest.raises(OptionError, match=rf"glob '{missing.replace('*', '.')}.?' matches nothing.*words.weight"):
+    with pytest.raises(
+        OptionError, match=rf"glob '{missing.replace('*', '.')}.?' matches nothing.*words.weight"
+    ):
         select(glob)
 
 
@@ -104,7 +106,7 @@ def given(losses: Any) -> Tensor:
 BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "one number": (lambda out: out.mean(), LossError, "reduction='none'"),
     "a number of Python": (0.5, LossError, "a float: it must return a Tensor"),
-    "a list": (lambda out: list(out), LossError, "a list"),
+    "a list": (list, LossError, "a list"),
     "nothing": (None, LossError, "NoneType"),
     "one per token": (lambda out: out[:, None].expand(4, 3), LossError, r"\[4, 3\].*\[n\] = \[4\]"),
     "a column": (lambda out: out[:, None], LossError, r"\[4, 1\]"),
@@ -112,7 +114,11 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "too many": (lambda out: torch.cat([out, out]), LossError, "8 numbers for a batch of 4"),
     "whole numbers": (torch.arange(4), LossError, "torch.int64"),
     "detached": (lambda out: out.detach(), LossError, "cut off"),
-    "nan": (lambda out: out * torch.tensor([1.0, 1.0, float("nan"), 1.0]), NotFiniteError, "row 5 is nan .*step 7"),
+    "nan": (
+        lambda out: out * torch.tensor([1.0, 1.0, float("nan"), 1.0]),
+        NotFiniteError,
+        "row 5 is nan .*step 7",
+    ),
     "infinite": (lambda out: out / torch.tensor([1.0, 0.0, 1.0, 0.0]), NotFiniteError, "row 4 is -?inf"),
 }
 
@@ -134,7 +140,9 @@ def test_the_users_exception_names_rows_and_checkpoint() -> None:
     def loss(model: nn.Module, batch: Any) -> Tensor:
         raise ZeroDivisionError("by zero")
 
-    with pytest.raises(UserCodeError, match="ZeroDivisionError on rows 3-6 at train, checkpoint at step 7: by zero") as e:
+    with pytest.raises(
+        UserCodeError, match="ZeroDivisionError on rows 3-6 at train, checkpoint at step 7: by zero"
+    ) as e:
         row_losses(loss, MODEL, X, [3, 4, 5, 6], "train, checkpoint at step 7")
     assert isinstance(e.value.__cause__, ZeroDivisionError)
 

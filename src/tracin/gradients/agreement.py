@@ -7,10 +7,12 @@ added up, and of ``total``, the norm over all parameters.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-__all__ = ["TOLERANCE", "accumulation_dtype", "is_zero", "relative_error", "tolerance"]
+__all__ = ["TOLERANCE", "accumulation_dtype", "relative_error", "tolerance"]
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
@@ -31,21 +33,9 @@ def _floor(dtype: torch.dtype, scale: float, total: float) -> float:
     return noise * max(scale, total)
 
 
-def is_zero(reference: Tensor, dtype: torch.dtype, total: float) -> bool:
-    """Whether a reference gradient is zero up to rounding, so that it proves nothing.
-
-    Args:
-        reference: The gradient.
-        dtype: Dtype of the model's arithmetic.
-        total: Norm of the gradient over all parameters.
-
-    Returns:
-        True for zero and for rounding noise.
-    """
-    return float(torch.linalg.vector_norm(reference)) <= 4 * torch.finfo(dtype).eps * total
-
-
-def relative_error(estimate: Tensor, reference: Tensor, dtype: torch.dtype, scale: float, total: float) -> float:
+def relative_error(
+    estimate: Tensor, reference: Tensor, dtype: torch.dtype, scale: float, total: float
+) -> float:
     """‖estimate − reference‖ / max(‖reference‖, noise floor).
 
     Args:
@@ -61,7 +51,7 @@ def relative_error(estimate: Tensor, reference: Tensor, dtype: torch.dtype, scal
     wide = accumulation_dtype(dtype)
     estimate, reference = estimate.reshape(-1).to(wide), reference.reshape(-1).to(wide)
     difference = float(torch.linalg.vector_norm(estimate - reference))
-    if difference != difference:
+    if math.isnan(difference):
         return float("inf")
     denominator = max(float(torch.linalg.vector_norm(reference)), _floor(dtype, scale, total))
     return difference / denominator if denominator > 0 else (0.0 if difference == 0 else float("inf"))

@@ -82,10 +82,14 @@ class _Recorder:
         if self.copy:
             args, kwargs = self._before.pop()
         leaves = [output] if isinstance(output, Tensor) else pytree.tree_leaves(output)
-        marked = [(at, leaf) for at, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        marked = [
+            (at, leaf) for at, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad
+        ]
         if not marked:
             return
-        versions = () if self.copy else tuple((t, t._version) for t in tensors(args, kwargs) if not t.is_inference())
+        versions = (
+            () if self.copy else tuple((t, t._version) for t in tensors(args, kwargs) if not t.is_inference())
+        )
         call = Call(
             site=self.site,
             args=args if self.copy else _detached(args, False),

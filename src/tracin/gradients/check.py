@@ -1,12 +1,12 @@
 """The always-on check: on the first batch of a run, the gradients that will be scored against autograd's.
 
-(a) the sum of the per-example gradients, each with a weight of its own, equals autograd's gradient of the weighted sum of the
-losses for every parameter, in one backward pass that gives both; (b) for the few rows of the probe, the row's gradient equals
-autograd of ``losses[i]`` in the same graph (``wiring``); (c) ``losses[i]`` equals the loss of row i without the others (the
-row twice, since some models cannot run a batch of one). A parameter that fails (a) or (b) goes row by row from there on and
-is named; (c) is an error. A parameter whose reference is zero is checked in the first batch where it is not.
+(a) The sum of the per-example gradients, each row with a weight of its own, equals autograd's gradient of the weighted
+sum of the losses, for every parameter. (b) For the few rows of the probe, the row's gradient equals autograd of
+``losses[i]`` in the same graph (``wiring``). (c) ``losses[i]`` equals the loss of row i without the others (the row
+twice, since some models cannot run a batch of one).
 
-The weights are ½, 1 and 2, so that dividing them out again is exact.
+A parameter that fails (a) or (b) goes row by row from there on and is named; (c) is an error. A parameter whose
+reference is zero is checked in the first batch where it is not.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from tracin.data import Batch, row_checksums, same_checksums, to_device
 from tracin.errors import DataError
 from tracin.gradients import reference
-from tracin.gradients.agreement import is_zero, relative_error, tolerance
+from tracin.gradients.agreement import relative_error, tolerance
 from tracin.gradients.engine import BatchGradients, Keys, Source, batch_gradients
-from tracin.gradients.wiring import LocalSite, RuleSite, Wiring
-from tracin.gradients.wiring import refuse_mixing as same_rows
+from tracin.gradients.probe import refuse_mixing as same_rows
+from tracin.gradients.sites import LocalSite, RuleSite, Wiring
 
-__all__ = ["checked_gradients", "row_errors", "refuse_mixing"]
+__all__ = ["checked_gradients", "refuse_mixing", "row_errors"]
 
 logger = logging.getLogger("tracin")
 
@@ -61,7 +62,7 @@ class _Comparison:
         """Compare gradients [p] with autograd's; ``scales`` and ``total`` are as in ``relative_error``."""
         mine = _by_parameter(blocks, self.traced)
         for name, reference_gradient in truth.items():
-            if not is_zero(reference_gradient, self.dtype, total):
+            if bool(reference_gradient.any()):
                 self.zero.discard(name)
             estimate = mine.get(name)
             if estimate is None:
@@ -70,7 +71,9 @@ class _Comparison:
             self.errors[name] = max(self.errors[name], error)
 
 
-def row_errors(found: BatchGradients, traced: Mapping[str, nn.Parameter], rows: list[int]) -> dict[str, float]:
+def row_errors(
+    found: BatchGradients, traced: Mapping[str, nn.Parameter], rows: list[int]
+) -> dict[str, float]:
     """Relative errors of single rows' gradients against autograd in the same graph.
 
     Args:
@@ -90,22 +93,29 @@ def row_errors(found: BatchGradients, traced: Mapping[str, nn.Parameter], rows: 
     return comparison.errors
 
 
-def _sum_errors(found: BatchGradients, against: Mapping[str, nn.Parameter]) -> tuple[dict[str, float], set[str]]:
-    """Errors of the weighted sum of a batch's gradients, and the parameters whose reference is zero."""
-    comparison = _Comparison(against, found.losses.dtype)
+def _sum_errors(
+    found: BatchGradients, against: Mapping[str, nn.Parameter]
+) -> tuple[dict[str, float], set[str]]:
+    """Errors of a sum of a batch's gradients with a weight for each row, and the parameters whose reference is zero."""
+    losses = found.losses
+    comparison = _Comparison(against, losses.dtype)
+    weights = _row_weights(losses)
+    truth = reference.summed(losses, against, weights)
     wanted = {names: block for names, block in found.blocks.items() if set(names) <= set(against)}
     squares = {names: block.squared_norm() for names, block in wanted.items()}
     scales = {name: float(square.sqrt().sum()) for names, square in squares.items() for name in names}
     rows_total = float(torch.stack(list(squares.values())).sum(0).sqrt().sum()) if squares else 0.0
-    total = max(rows_total, math.hypot(*(float(torch.linalg.vector_norm(g)) for g in found.truth.values())))
-    comparison.add({names: block.total() for names, block in wanted.items()}, found.truth, scales, total)
+    total = max(rows_total, math.hypot(*(float(torch.linalg.vector_norm(g)) for g in truth.values())))
+    sums = {names: block.weighted(weights).total() for names, block in wanted.items()}
+    comparison.add(sums, truth, scales, total)
     return comparison.errors, comparison.zero
 
 
-def _powers_of_two(losses_like: Tensor, n: int) -> Tensor:
-    """Weights ½, 1, 2 in a shuffled order: a backward pass weighted by them is exact to undo."""
-    exponents = torch.arange(n)[torch.randperm(n, generator=torch.Generator().manual_seed(n))] % 3 - 1
-    return torch.exp2(exponents.to(losses_like.dtype)).to(losses_like.device)
+def _row_weights(losses: Tensor) -> Tensor:
+    """A different weight for each row, in no order: gradients that land on other rows change the sum."""
+    n = len(losses)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(n))
+    return torch.linspace(0.5, 1.5, n)[order].to(dtype=losses.dtype, device=losses.device)
 
 
 def refuse_mixing(source: Source, batch: Batch, losses: Tensor, seen: Tensor | None) -> None:
@@ -142,8 +152,6 @@ def _refuse_another_row(source: Source, batch: Batch, row: int, seen: Tensor) ->
 
 
 def _row_numel(value: object, n: int) -> int:
-    from torch.utils import _pytree as pytree
-
     leaves = [x for x in pytree.tree_leaves(value) if isinstance(x, Tensor) and x.dim() and x.shape[0] == n]
     return sum(x.numel() // n for x in leaves)
 
@@ -159,7 +167,9 @@ def _demoted(wiring: Wiring, errors: Mapping[str, float]) -> Wiring:
         names = {name: own for name, own in place.names.items() if name not in errors}
         if names:
             places[key] = LocalSite(place.site, place.module, names, place.layouts)
-    reasons = {name: f"off by {error:.1e} from autograd on {wiring.route(name)}" for name, error in errors.items()}
+    reasons = {
+        name: f"off by {error:.1e} from autograd on {wiring.route(name)}" for name, error in errors.items()
+    }
     return replace(
         wiring,
         rules=rules,
@@ -191,27 +201,30 @@ def checked_gradients(
     Raises:
         LossError: The loss mixes rows.
     """
-    wiring = source.wiring
-    if wiring is None:
-        raise RuntimeError("the source has no wiring yet")
-    names = set(traced) if first else set(wiring.pending)
-    if not names:
+    if first:
+        names = set(traced)
+    elif source.wiring.pending:
+        names = set(source.wiring.pending)
+    else:
         return batch_gradients(source, keys, batch, value, traced)
     names |= {name for pair in keys.fused if set(pair) & names for name in pair}
     against = {name: traced[name] for name in traced if name in names}
-    seen = row_checksums(batch, double=True) if first else None
     again = to_device(value, source.device, copy=True)
-    weights = _powers_of_two(next(iter(traced.values())), batch.size)
-    found = batch_gradients(source, keys, batch, value, traced, weights=weights, against=against)
+    if not first:
+        found = batch_gradients(source, keys, batch, value, traced, against=against)
+        if not any(bool(found.truth[name].any()) for name in source.wiring.pending):
+            return found
+        value = to_device(again, source.device, copy=True)
+    seen = row_checksums(batch, double=True) if first else None
+    found = batch_gradients(source, keys, batch, value, traced, keep_graph=True)
     if first:
         refuse_mixing(source, batch, found.losses, seen)
     errors, zero = _sum_errors(found, against)
     failed = {name: error for name, error in errors.items() if error > tolerance(found.losses.dtype)}
-    source.wiring = replace(wiring, pending=frozenset(zero) - set(wiring.unused))
+    source.found = replace(source.wiring, pending=frozenset(zero) - set(source.wiring.unused))
     if not failed:
-        blocks = {names: block.weighted(1.0 / weights) for names, block in found.blocks.items()}
-        return BatchGradients(found.losses, blocks)
-    source.wiring = _demoted(source.wiring, failed)
+        return BatchGradients(found.losses.detach(), found.blocks)
+    source.found = _demoted(source.wiring, failed)
     logger.warning(
         "%s went to the row-by-row route (%s): %s",
         ", ".join(failed),

@@ -98,7 +98,9 @@ def _by_patches(x: Tensor, d: Tensor, shape: ConvolutionShape) -> Tensor:
     dims = len(shape.kernel)
     kernel_first = (0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
     t = math.prod(d.shape[2:])
-    a = a.permute(kernel_first).reshape(n * g, -1, t)  # [ng, c/g·kernel, t]: copied along the rows of the picture
+    a = a.permute(kernel_first).reshape(
+        n * g, -1, t
+    )  # [ng, c/g·kernel, t]: copied along the rows of the picture
     out = torch.bmm(d.reshape(n * g, -1, t), a.mT)  # [ng, o/g, c/g·kernel]
     return out.view(n, shape.out_channels, shape.in_channels // g, *shape.kernel)
 
@@ -106,9 +108,11 @@ def _by_patches(x: Tensor, d: Tensor, shape: ConvolutionShape) -> Tensor:
 def _by_grouped_convolution(x: Tensor, d: Tensor, shape: ConvolutionShape) -> Tensor:
     n = x.shape[0]
     size = (n * shape.out_channels, shape.in_channels // shape.groups, *shape.kernel)
-    function: Callable[..., Tensor] = (conv_grad.conv1d_weight, conv_grad.conv2d_weight, conv_grad.conv3d_weight)[
-        len(shape.kernel) - 1
-    ]
+    function: Callable[..., Tensor] = (
+        conv_grad.conv1d_weight,
+        conv_grad.conv2d_weight,
+        conv_grad.conv3d_weight,
+    )[len(shape.kernel) - 1]
     out = function(
         x.reshape(1, n * shape.in_channels, *x.shape[2:]),
         size,

@@ -8,34 +8,25 @@ number of uses, another shape) sends that parameter row by row for this batch.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 
 from tracin.data import Batch, RowSource, to_device
 from tracin.errors import NotFiniteError
 from tracin.gradients import reference, shared
 from tracin.gradients.agreement import accumulation_dtype
-from tracin.gradients.blocks import Block, Dense, Outer, Rows, Sum, concatenate
+from tracin.gradients.backward import Output, backward, marked_nodes
+from tracin.gradients.blocks import Block, Dense, Outer, Rows, Sum
 from tracin.gradients.capture import Call, Tape, recording, tensors
 from tracin.gradients.graph import Graph, walk
 from tracin.gradients.local import CallLayout
-from tracin.gradients.wiring import (
-    LOSS,
-    LocalSite,
-    LossModule,
-    RuleSite,
-    Wiring,
-    local_estimates,
-    rule_blocks,
-)
+from tracin.gradients.sites import LocalSite, LossModule, RuleSite, Wiring, local_estimates, rule_blocks
 from tracin.tasks.task import Loss, row_losses
 
-__all__ = ["BatchGradients", "Keys", "Source", "batch_gradients", "irregular_names"]
+__all__ = ["BatchGradients", "Keys", "Source", "batch_gradients", "irregular_names", "name_not_finite"]
 
 # Parameter names held by one block → the block.
 Blocks = dict[tuple[str, ...], Block]
@@ -81,8 +72,15 @@ class Source:
     rows: RowSource
     device: torch.device
     where: str = ""
-    wiring: Wiring | None = None
+    found: Wiring | None = None
     irregular: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def wiring(self) -> Wiring:
+        """The routes, once they were found."""
+        if self.found is None:
+            raise RuntimeError(f"{self.rows.name} were not wired yet")
+        return self.found
 
     def run(self, value: object, rows: Sequence[int]) -> Tensor:
         """The losses of a batch, held to the contract."""
@@ -97,7 +95,7 @@ class Source:
 class BatchGradients:
     """Losses [n] (with their graph where it was kept) and per-example gradients of a batch.
 
-    ``truth`` are autograd's own gradients of the weighted sum Σ v_n ℓ_n for the parameters that were asked for.
+    ``truth`` are autograd's own gradients of Σ_n ℓ_n for the parameters that were asked for.
     """
 
     losses: Tensor
@@ -122,8 +120,12 @@ def _call_fits(call: Call, layout: CallLayout | None, n: int) -> bool:
     inputs = tensors(call.args, call.kwargs)
     if len(inputs) != len(layout.inputs):
         return False
-    inputs_fit = all(lay is None or lay.fits(x.shape, n) for lay, x in zip(layout.inputs, inputs, strict=True))
-    return inputs_fit and all(lay.fits(shape, n) for lay, shape in zip(layout.outputs, call.shapes, strict=True))
+    inputs_fit = all(
+        lay is None or lay.fits(x.shape, n) for lay, x in zip(layout.inputs, inputs, strict=True)
+    )
+    return inputs_fit and all(
+        lay.fits(shape, n) for lay, shape in zip(layout.outputs, call.shapes, strict=True)
+    )
 
 
 def irregular_names(wiring: Wiring, tape: Tape, graph: Graph, n: int) -> set[str]:
@@ -145,7 +147,9 @@ def irregular_names(wiring: Wiring, tape: Tape, graph: Graph, n: int) -> set[str
         calls = tape.calls.get(site.site, [])
         for name in names:
             calls_of[name] += len(calls)
-        if not all(_call_fits(call, _layout_of(site.layouts, at, len(calls)), n) for at, call in enumerate(calls)):
+        if not all(
+            _call_fits(call, _layout_of(site.layouts, at, len(calls)), n) for at, call in enumerate(calls)
+        ):
             out |= names
     for name, (probe_edges, probe_calls) in wiring.uses.items():
         if graph.uses(name) * probe_calls != probe_edges * calls_of[name]:
@@ -153,84 +157,11 @@ def irregular_names(wiring: Wiring, tape: Tape, graph: Graph, n: int) -> set[str
     return out
 
 
-# A recorded output: site, number of the call, number of the output.
-Output = tuple[str, int, int]
-
-
-def _marked(tape: Tape) -> dict[Any, list[tuple[Output, GradientEdge]]]:
-    """Recorded outputs by the node that made them."""
-    out: dict[Any, list[tuple[Output, GradientEdge]]] = {}
-    for site, calls in tape.calls.items():
-        for at, call in enumerate(calls):
-            for number, edge in enumerate(call.edges):
-                out.setdefault(edge.node, []).append(((site, at, number), edge))
-    return out
-
-
-@dataclass(frozen=True)
-class _Backward:
-    """∂(Σ v ℓ)/∂ every meeting of a shared parameter, and some parameters' own gradients."""
-
-    places: dict[str, list[Tensor | None]]
-    parameters: dict[str, Tensor]
-
-
-def _backward(
-    losses: Tensor,
-    graph: Graph,
-    marked: Mapping[Any, list[tuple[Output, GradientEdge]]],
-    places: Mapping[str, list[shared.Meeting]],
-    receive: Callable[[Output, Tensor], None],
-    weights: Tensor | None,
-    parameters: Mapping[str, Tensor],
-    keep: bool,
-) -> _Backward:
-    """One backward pass. ``receive`` gets δ of every recorded output as soon as it is complete, so that it can be dropped.
-
-    Only the last outputs on every way down are asked of autograd; the pass runs through the nodes of all others, where a
-    hook reads δ. So δ of a whole network is never held at once.
-    """
-    ends = [(output, edge) for node, found in marked.items() if node in graph.ends for output, edge in found]
-    asked: list[Any] = [edge for _, edge in ends]
-    asked += [place.edge for found in places.values() for place in found]
-    asked += parameters.values()
-    if not asked:
-        return _Backward({}, {})
-
-    def reader(found: list[tuple[Output, GradientEdge]]) -> Callable[[Sequence[Tensor | None]], None]:
-        def read(gradients: Sequence[Tensor | None]) -> None:
-            for output, edge in found:
-                delta = gradients[edge.output_nr]
-                if delta is not None:
-                    receive(output, delta)
-
-        return read
-
-    passed = [(node, found) for node, found in marked.items() if node in graph.nodes and node not in graph.ends]
-    handles = [node.register_prehook(reader(found)) for node, found in passed]
-    ones = torch.ones_like(losses) if weights is None else weights
-    keep = keep or bool(places and parameters)  # what made a shared tensor is differentiated once more
-    try:
-        got = iter(torch.autograd.grad(losses, asked, ones, retain_graph=keep, allow_unused=True))
-    finally:
-        for handle in handles:
-            handle.remove()
-    for output, _ in ends:
-        delta = next(got)
-        if delta is not None:
-            receive(output, delta)
-    by_place = {name: [next(got) for _ in at] for name, at in places.items()}
-    return _Backward(by_place, {name: _dense(next(got), parameter) for name, parameter in parameters.items()})
-
-
-def _dense(gradient: Tensor | None, parameter: Tensor) -> Tensor:
-    if gradient is None:
-        return torch.zeros_like(parameter)
-    return gradient if gradient.layout == torch.strided else gradient.to_dense()
-
-
 def _shared_blocks(
-    graph: Graph, places: Mapping[str, list[shared.Meeting]], deltas: Mapping[str, list[Tensor | None]], n: int,
+    graph: Graph,
+    places: Mapping[str, list[shared.Meeting]],
+    deltas: Mapping[str, list[Tensor | None]],
+    n: int,
     traced: Mapping[str, nn.Parameter],
 ) -> Blocks:
     out: Blocks = {}
@@ -281,7 +212,8 @@ class _Collector:
             if not names_left or not calls:
                 continue
             deltas = [
-                [self._held.get((place.site, at, number)) for number in range(len(call.edges))] for at, call in enumerate(calls)
+                [self._held.get((place.site, at, number)) for number in range(len(call.edges))]
+                for at, call in enumerate(calls)
             ]
             trial = LocalSite(place.site, place.module, names_left, place.layouts)
             for name, values in local_estimates(trial, calls, deltas, self._n, traced).items():
@@ -298,13 +230,17 @@ def _joined(blocks: list[Block]) -> Block:
         return Outer(torch.cat([b.a for b in outers], 1), torch.cat([b.d for b in outers], 1), outers[0].bias)
     if all(isinstance(block, Rows) for block in blocks):
         tables = [block for block in blocks if isinstance(block, Rows)]
-        return Rows(torch.cat([b.index for b in tables], 1), torch.cat([b.d for b in tables], 1), tables[0].length)
+        return Rows(
+            torch.cat([b.index for b in tables], 1), torch.cat([b.d for b in tables], 1), tables[0].length
+        )
     if all(isinstance(block, Dense) for block in blocks):
         return Dense(torch.stack([block.materialise() for block in blocks]).sum(0))
     return Sum(tuple(blocks))
 
 
-def _by_row_blocks(source: Source, keys: Keys, batch: Batch, names: set[str], traced: Mapping[str, nn.Parameter]) -> Blocks:
+def _by_row_blocks(
+    source: Source, keys: Keys, batch: Batch, names: set[str], traced: Mapping[str, nn.Parameter]
+) -> Blocks:
     """Parameters that go one example at a time, with their partners of a shared block."""
     if not names:
         return {}
@@ -327,7 +263,6 @@ def batch_gradients(
     value: object,
     traced: Mapping[str, nn.Parameter],
     *,
-    weights: Tensor | None = None,
     against: Mapping[str, nn.Parameter] | None = None,
     keep_graph: bool = False,
 ) -> BatchGradients:
@@ -339,7 +274,6 @@ def batch_gradients(
         batch: The batch's place in the data.
         value: The batch itself, on the device.
         traced: Parameters by name.
-        weights: Weights v [n] of the backward pass. The blocks are those of v_n ℓ_n.
         against: Parameters whose own gradient is asked of the same backward pass.
         keep_graph: Keep the graph of the losses.
 
@@ -350,12 +284,10 @@ def batch_gradients(
         NotFiniteError: A gradient is NaN or infinite; the error names row and parameter.
     """
     wiring = source.wiring
-    if wiring is None:
-        raise RuntimeError("the source has no wiring yet")
     sites = wiring.sites()
     with recording(sites, frozenset(site for site in sites if site in wiring.locals)) as tape:
         losses = source.run(value, batch.rows)
-    marked = _marked(tape)
+    marked = marked_nodes(tape)
     graph = walk(losses, traced, marked)
     irregular = irregular_names(wiring, tape, graph, batch.size)
     met = {name: shared.meetings(site, graph, batch.size) for name, site in wiring.shared.items()}
@@ -365,19 +297,22 @@ def batch_gradients(
     slow = irregular | set(wiring.by_row)
     slow |= {name for pair in keys.fused if set(pair) & slow for name in pair}
     collector = _Collector(wiring, keys, tape, batch.size, slow)
-    back = _backward(losses, graph, marked, places, collector.receive, weights, against or {}, keep_graph)
+    back = backward(losses, graph, marked, places, collector.receive, against or {}, keep_graph)
     blocks = collector.blocks(traced)
     blocks |= _shared_blocks(graph, places, back.places, batch.size, traced)
     by_row = _by_row_blocks(source, keys, batch, slow, traced)
-    if weights is not None:
-        by_row = {names: block.weighted(weights) for names, block in by_row.items()}
     _refuse_not_finite(blocks | by_row, batch, source.where)
     return BatchGradients(losses if keep_graph else losses.detach(), blocks | by_row, back.parameters)
 
 
 def _refuse_not_finite(blocks: Blocks, batch: Batch, where: str) -> None:
     """Look at embeddings, whose products skip tokens that do not match; elsewhere a NaN reaches the product."""
-    tables = [part for block in blocks.values() for part in getattr(block, "parts", (block,)) if isinstance(part, Rows)]
+    tables = [
+        part
+        for block in blocks.values()
+        for part in getattr(block, "parts", (block,))
+        if isinstance(part, Rows)
+    ]
     if not all(bool(torch.isfinite(table.d.sum())) for table in tables):
         name_not_finite(blocks, batch, where)
 
@@ -394,13 +329,11 @@ def name_not_finite(blocks: Blocks, batch: Batch, where: str) -> None:
         NotFiniteError: If there is one.
     """
     for names, block in blocks.items():
-        finite = torch.isfinite(block.squared_norm())
-        if not bool(finite.all()):
-            row = batch.rows[int((~finite).nonzero()[0])]
+        for at in range(len(block)):
+            if bool(torch.isfinite(block.rows(at, at + 1).materialise()).all()):
+                continue
+            row = batch.rows[at]
             raise NotFiniteError(
                 f"the gradient of row {row} for {' / '.join(names)} is not finite ({where}). Look at this row's input and at "
                 "divisions, logarithms and square roots near zero in the model and the loss, or leave the checkpoint out."
             )
-
-
-__all__ += ["LOSS", "concatenate", "name_not_finite"]

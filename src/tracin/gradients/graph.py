@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 __all__ = ["Graph", "walk"]
 
@@ -61,7 +62,7 @@ def walk(losses: Tensor, parameters: Mapping[str, Tensor], marked: Collection[An
             continue
         seen[reader] = False
         if type(reader) is _Leaf:
-            name = names.get(id(reader.variable))
+            name = names.get(id(getattr(reader, "variable", None)))
             if name is not None:
                 leaves[name] = reader
             continue
@@ -77,4 +78,4 @@ def walk(losses: Tensor, parameters: Mapping[str, Tensor], marked: Collection[An
 
 
 # The class of the nodes that hold parameters.
-_Leaf = type(torch.zeros(1, requires_grad=True).expand(1).grad_fn.next_functions[0][0])  # type: ignore[union-attr]
+_Leaf = type(get_gradient_edge(torch.zeros(1, requires_grad=True)).node)

@@ -63,14 +63,18 @@ def gradients(
     """
     leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
     at_tensor = [at for at, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    by_row: dict[int, Layout] = {at: lay for at, lay in zip(at_tensor, layout.inputs, strict=True) if lay is not None}
+    by_row: dict[int, Layout] = {
+        at: lay for at, lay in zip(at_tensor, layout.inputs, strict=True) if lay is not None
+    }
     used = [at for at, delta in enumerate(deltas) if delta is not None]
     if not used:
         return {name: value.new_zeros(n, *value.shape) for name, value in parameters.items()}
     inputs = [to_rows(leaves[at], lay, n) for at, lay in by_row.items()]
     cotangents = [to_rows(delta, layout.outputs[at], n) for at in used if (delta := deltas[at]) is not None]
 
-    def pull(expanded: dict[str, Tensor], row_inputs: list[Tensor], row_cotangents: list[Tensor]) -> dict[str, Tensor]:
+    def pull(
+        expanded: dict[str, Tensor], row_inputs: list[Tensor], row_cotangents: list[Tensor]
+    ) -> dict[str, Tensor]:
         filled: list[Any] = list(leaves)
         for (at, lay), value in zip(by_row.items(), row_inputs, strict=True):
             filled[at] = from_rows(value, lay)
@@ -80,11 +84,15 @@ def gradients(
             outputs = pytree.tree_leaves(functional_call(module, values, args, kwargs))
             return tuple(outputs[call.positions[at]] for at in used)
 
-        outputs, pullback = vjp(forward, expanded)
-        fitted = tuple(from_rows(value, layout.outputs[at]) for at, value in zip(used, row_cotangents, strict=True))
+        outputs, pullback, *_ = vjp(forward, expanded)
+        fitted = tuple(
+            from_rows(value, layout.outputs[at]) for at, value in zip(used, row_cotangents, strict=True)
+        )
         if any(value.shape != output.shape for value, output in zip(fitted, outputs, strict=True)):
             raise RuntimeError("the module makes another shape for a row alone")
-        return pullback(tuple(value.to(output.dtype) for value, output in zip(fitted, outputs, strict=True)))[0]
+        return pullback(tuple(value.to(output.dtype) for value, output in zip(fitted, outputs, strict=True)))[
+            0
+        ]
 
     expanded = {name: value.detach().expand(n, *value.shape) for name, value in parameters.items()}
     chunk = max(1, CHUNK // max(1, sum(value.numel() for value in parameters.values())))

@@ -42,7 +42,9 @@ def in_graph(losses: Tensor, parameters: Mapping[str, Tensor], row: int) -> dict
     return _grad(losses[row], parameters, keep=True)
 
 
-def summed(losses: Tensor, parameters: Mapping[str, Tensor], weights: Tensor | None = None) -> dict[str, Tensor]:
+def summed(
+    losses: Tensor, parameters: Mapping[str, Tensor], weights: Tensor | None = None
+) -> dict[str, Tensor]:
     """The gradient of the (weighted) sum of a batch's losses; the graph is kept.
 
     Args:

@@ -75,7 +75,9 @@ def _convolution(layer: _ConvNd, x: Tensor, d: Tensor, wanted: frozenset[str]) -
             mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
             padded = F.pad(x.flatten(0, 1), sides, mode=mode)
             x = padded.reshape(*x.shape[:2], *padded.shape[1:])
-        out["weight",] = _smaller(Convolution(x, d, _shape(layer, layer.out_channels, layer.in_channels, padding)))
+        out["weight",] = _smaller(
+            Convolution(x, d, _shape(layer, layer.out_channels, layer.in_channels, padding))
+        )
     if "bias" in wanted:
         out["bias",] = _channel_sum(d)
     return out
@@ -83,7 +85,9 @@ def _convolution(layer: _ConvNd, x: Tensor, d: Tensor, wanted: frozenset[str]) -
 
 def _shape(layer: _ConvNd, out_channels: int, in_channels: int, padding: tuple[int, ...]) -> ConvolutionShape:
     stride, dilation = tuple(layer.stride), tuple(layer.dilation)
-    return ConvolutionShape(out_channels, in_channels, tuple(layer.kernel_size), stride, dilation, layer.groups, padding)
+    return ConvolutionShape(
+        out_channels, in_channels, tuple(layer.kernel_size), stride, dilation, layer.groups, padding
+    )
 
 
 def _smaller(block: Convolution) -> Block:
@@ -107,11 +111,15 @@ def _padding(layer: _ConvNd) -> tuple[tuple[int, ...], list[int]]:
     return (0,) * dims, sides
 
 
-def _transposed_convolution(layer: _ConvTransposeNd, x: Tensor, d: Tensor, wanted: frozenset[str]) -> Gradients:
+def _transposed_convolution(
+    layer: _ConvTransposeNd, x: Tensor, d: Tensor, wanted: frozenset[str]
+) -> Gradients:
     out: dict[tuple[str, ...], Block] = {}
     if "weight" in wanted:
         padding, _ = _padding(layer)
-        out["weight",] = _smaller(Convolution(d, x, _shape(layer, layer.in_channels, layer.out_channels, padding)))
+        out["weight",] = _smaller(
+            Convolution(d, x, _shape(layer, layer.in_channels, layer.out_channels, padding))
+        )
     if "bias" in wanted:
         out["bias",] = _channel_sum(d)
     return out

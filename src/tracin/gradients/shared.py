@@ -83,6 +83,10 @@ def _chosen(node: Any, position: int) -> Callable[[Tensor], Tensor]:
     return lambda g: g.masked_fill(~condition if position == 0 else condition, 0)
 
 
+def _expanded(node: Any, position: int) -> Callable[[Tensor], Tensor]:
+    return lambda g: g
+
+
 # Operations whose gradient at the result gives the gradient at a broadcast input by a factor.
 FACTORS: dict[str, Callable[[Any, int], Callable[[Tensor], Tensor]]] = {
     "AddBackward0": _added,
@@ -90,7 +94,7 @@ FACTORS: dict[str, Callable[[Any, int], Callable[[Tensor], Tensor]]] = {
     "MulBackward0": _multiplied,
     "DivBackward0": _divided,
     "WhereBackward0": _chosen,
-    "ExpandBackward0": lambda node, position: lambda g: g,
+    "ExpandBackward0": _expanded,
 }
 
 
@@ -125,7 +129,11 @@ def discover(name: str, few: Graph, more: Graph, n_few: int, n_more: int) -> Sha
             layout = None
             if _shape((node, 0)) != _shape((twin, 0)):
                 found = candidates(_shape((node, 0)), _shape((twin, 0)), n_few, n_more)
-                if not found or node.name() not in FACTORS or not _broadcast(_shape(here), _shape((node, 0)), found[0]):
+                if (
+                    not found
+                    or node.name() not in FACTORS
+                    or not _broadcast(_shape(here), _shape((node, 0)), found[0])
+                ):
                     return None
                 layout = found[0]
             elif ((node, 0), (twin, 0)) not in seen:
@@ -178,7 +186,9 @@ def meetings(site: SharedSite, graph: Graph, n: int) -> list[Meeting] | None:
     return None if next(expected, None) is not None else found
 
 
-def gradients(leaf: Any, parameter: Tensor, places: list[Meeting], deltas: list[Tensor | None], n: int) -> Tensor:
+def gradients(
+    leaf: Any, parameter: Tensor, places: list[Meeting], deltas: list[Tensor | None], n: int
+) -> Tensor:
     """Per-example gradients of a shared parameter.
 
     Args:
@@ -217,7 +227,11 @@ def _reduced(values: Tensor, layout: Layout, shape: torch.Size, n: int) -> Tenso
     rows = to_rows(values, layout, n).squeeze(1)
     padded = [1] * (values.dim() - len(shape)) + list(shape)
     del padded[layout.axis]
-    summed = [axis + 1 for axis, (size, own) in enumerate(zip(rows.shape[1:], padded, strict=True)) if own == 1 and size != 1]
+    summed = [
+        axis + 1
+        for axis, (size, own) in enumerate(zip(rows.shape[1:], padded, strict=True))
+        if own == 1 and size != 1
+    ]
     if summed:
         rows = rows.sum(summed, keepdim=True)
     return rows.reshape(n, *shape)

@@ -92,7 +92,9 @@ class TracInCP:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise OptionError(f"batch_size is {batch_size!r}: give a whole number of rows, at least 1.")
         self.task, self.trajectory = task, trajectory
-        self.settings = Settings(weighting, normalize, batch_size, collate, device, parse_memory(memory), progress)
+        self.settings = Settings(
+            weighting, normalize, batch_size, collate, device, parse_memory(memory), progress
+        )
         adaptive = sorted({c.optimizer for c in trajectory if c.optimizer and c.optimizer != "SGD"})
         if adaptive:
             warnings.warn(
@@ -122,7 +124,9 @@ class TracInCP:
                 provenance=self._provenance(run, "influence"),
             )
 
-    def top_k(self, train: Any, queries: Any, k: int = 10, *, within: Literal["label"] | int | None = None) -> TopK:
+    def top_k(
+        self, train: Any, queries: Any, k: int = 10, *, within: Literal["label"] | int | None = None
+    ) -> TopK:
         """The k strongest proponents and opponents of every query, without the matrix of all scores.
 
         Args:
@@ -198,7 +202,9 @@ class TracInCP:
         labels = evaluate(self.task, last, train, name="train", **options).labels
         asked = evaluate(self.task, last, queries, **options).labels
         if labels is None or asked is None:
-            raise OptionError("within= needs labels: give Task(outputs=...), or use a ready-made classification loss.")
+            raise OptionError(
+                "within= needs labels: give Task(outputs=...), or use a ready-made classification loss."
+            )
         if within != "label" and (isinstance(within, bool) or not isinstance(within, int)):
             raise OptionError(f"within is {within!r}: give None, 'label' or a class number.")
         wanted = asked if within == "label" else torch.full_like(asked, int(within))
@@ -227,8 +233,12 @@ class TracInCP:
             "device": str(run.loaded.device),
             "seed": None,
             "scale": "sum over checkpoints of rate × gradient product, losses as the task returns them per row",
-            "coverage": coverage_of(run.selection, wiring, run.train.irregular).by_route() if wiring else {},
-            "versions": {"tracin": version("tracin"), "torch": torch.__version__, "python": platform.python_version()},
+            "coverage": coverage_of(run.selection, wiring, run.train.irregular).by_route(),
+            "versions": {
+                "tracin": version("tracin"),
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
         }
 
 
@@ -242,7 +252,8 @@ def _dominance(high: Tensor, low: Tensor, n: int) -> tuple[str, ...]:
     share = float(counts.topk(min(2 * k, n)).values.sum()) / len(entries)
     if share < 0.8:
         return ()
-    return (
+    note = (
         f"the same {min(2 * k, n)} rows fill {share:.0%} of all queries' lists. Rows with large gradients dominate; "
-        "normalize=True compares directions instead of lengths.",
+        "normalize=True compares directions instead of lengths."
     )
+    return (note,)

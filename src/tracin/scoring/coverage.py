@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tracin.gradients.wiring import Wiring
+from tracin.gradients.sites import Wiring
+from tracin.results.saving import import_pandas
 from tracin.tasks import Selection
 
 if TYPE_CHECKING:
@@ -56,8 +57,6 @@ class Coverage:
         Returns:
             The data frame.
         """
-        from tracin.results.saving import import_pandas
-
         return import_pandas().DataFrame([vars(row) for row in self.table])
 
     def __str__(self) -> str:
@@ -85,7 +84,9 @@ def coverage_of(selection: Selection, wiring: Wiring, irregular: Mapping[str, in
             reason = f"{reason}; {irregular[name]} rows went one by one".lstrip("; ")
         entries.append((name, parameter, route != "unused", route, reason))
     entries += [(name, p, False, "frozen", "requires_grad is False") for name, p in selection.frozen.items()]
-    entries += [(name, p, False, "excluded", "no glob of the task matches") for name, p in selection.excluded.items()]
+    entries += [
+        (name, p, False, "excluded", "no glob of the task matches") for name, p in selection.excluded.items()
+    ]
     for name, parameter, traced, route, reason in entries:
         rows.append(CoverageRow(name, tuple(parameter.shape), parameter.numel(), traced, route, reason))
     return Coverage(tuple(rows))

@@ -106,6 +106,12 @@ def _checked_outputs(pair: Any, n: int) -> tuple[Tensor, Tensor]:
         and pair[1].dim() == 1
     )
     if not good:
-        told = [list(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in pair] if isinstance(pair, tuple) else pair
-        raise LossError(f"outputs(model, batch) must return (logits [n, C], labels [n]) for {n} rows; it returned {told}.")
+        told = (
+            [list(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in pair]
+            if isinstance(pair, tuple)
+            else pair
+        )
+        raise LossError(
+            f"outputs(model, batch) must return (logits [n, C], labels [n]) for {n} rows; it returned {told}."
+        )
     return pair[0].detach().cpu(), pair[1].detach().cpu().long()

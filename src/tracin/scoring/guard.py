@@ -109,7 +109,9 @@ def refuse_mixing_layers(model: nn.Module) -> None:
 
 def _seeds() -> tuple[Any, ...]:
     numpy = sys.modules.get("numpy")
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    cuda = (
+        torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    )
     return torch.get_rng_state(), random.getstate(), numpy.random.get_state() if numpy else None, cuda
 
 

@@ -16,12 +16,21 @@ from torch import Tensor
 
 from tracin.data import Batch
 from tracin.errors import OptionError
-from tracin.gradients.blocks import Block, concatenate, held
+from tracin.gradients.blocks import Block, Dense
 from tracin.gradients.engine import BatchGradients
+from tracin.gradients.products import concatenate, held
 from tracin.progress import Progress, progress
 from tracin.scoring.run import Run, products, refuse_products
 
-__all__ = ["HeldQueries", "hold_queries", "influence", "score_batch", "self_influence"]
+__all__ = [
+    "HeldQueries",
+    "first_queries",
+    "hold_queries",
+    "influence",
+    "same_queries",
+    "score_batch",
+    "self_influence",
+]
 
 
 @dataclass(frozen=True)
@@ -64,25 +73,55 @@ def hold_queries(run: Run, budget: int, bar: Progress) -> Iterator[HeldQueries]:
     Yields:
         Tiles in order; at least one batch each.
     """
-    source = run.queries
-    if source is None:
-        raise RuntimeError("this run has no queries")
-    n = len(run.train.rows)
-    parts: list[tuple[Batch, dict[tuple[str, ...], Block], Tensor | None]] = []
+    parts: list[_Part] = []
     used = 0
-    for batch, value in run.batches(source):
-        found = run.gradients(source, batch, value)
-        _refuse_infinite(run, found, batch)
-        blocks, weights = _weighted(run, found)
-        kept = {names: held(block, n) for names, block in blocks.items()}
-        size = sum(block.nbytes for block in kept.values())
-        if parts and used + size > budget:
+    for batch, value in run.batches(run.asked):
+        part = _hold(run, batch, value)
+        if parts and used + part.nbytes > budget:
             yield _tile(parts)
             parts, used = [], 0
-        parts.append((batch, kept, weights))
-        used += size
+        parts.append(part)
+        used += part.nbytes
         bar.advance(batch.size)
     yield _tile(parts)
+
+
+def first_queries(run: Run, start: int, budget: int) -> HeldQueries:
+    """The tile of queries that begins at row ``start``, at the loaded checkpoint, as large as the budget allows."""
+    parts: list[_Part] = []
+    for batch, value in run.batches(run.asked, start=start):
+        part = _hold(run, batch, value)
+        if parts and sum(held_part.nbytes for held_part in parts) + part.nbytes > budget:
+            break
+        parts.append(part)
+    return _tile(parts)
+
+
+def same_queries(run: Run, rows: range) -> HeldQueries:
+    """The queries of these rows, which are whole batches, at the loaded checkpoint."""
+    batches = run.batches(run.asked, start=rows.start, stop=rows.stop)
+    return _tile([_hold(run, batch, value) for batch, value in batches])
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One batch of held queries."""
+
+    batch: Batch
+    blocks: dict[tuple[str, ...], Block]
+    weights: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(block.nbytes for block in self.blocks.values())
+
+
+def _hold(run: Run, batch: Batch, value: Any) -> _Part:
+    found = run.gradients(run.asked, batch, value)
+    _refuse_infinite(run, found, batch)
+    blocks, weights = _weighted(run, found)
+    kept = {names: held(block, len(run.train.rows)) for names, block in blocks.items()}
+    return _Part(batch, kept, weights)
 
 
 def _refuse_infinite(run: Run, found: BatchGradients, batch: Batch) -> None:
@@ -91,22 +130,22 @@ def _refuse_infinite(run: Run, found: BatchGradients, batch: Batch) -> None:
         refuse_products(torch.stack(squares).sum(0), found, batch, f"queries, {run.where}")
 
 
-def _tile(parts: Sequence[tuple[Batch, dict[tuple[str, ...], Block], Tensor | None]]) -> HeldQueries:
-    names = {key for _, blocks, _ in parts for key in blocks}
+def _tile(parts: Sequence[_Part]) -> HeldQueries:
     joined = {}
-    for key in names:
-        having = next(blocks[key] for _, blocks, _ in parts if key in blocks)
+    for key in {key for part in parts for key in part.blocks}:
+        having = next(part.blocks[key] for part in parts if key in part.blocks)
         joined[key] = concatenate(
-            [blocks[key] if key in blocks else _zeros_like(having, batch.size) for batch, blocks, _ in parts]
+            [
+                part.blocks[key] if key in part.blocks else _zeros_like(having, part.batch.size)
+                for part in parts
+            ]
         )
-    weights = [weight for _, _, weight in parts if weight is not None]
-    start = parts[0][0].start
-    return HeldQueries(start, sum(batch.size for batch, _, _ in parts), joined, torch.cat(weights) if weights else None)
+    weights = [part.weights for part in parts if part.weights is not None]
+    size = sum(part.batch.size for part in parts)
+    return HeldQueries(parts[0].batch.start, size, joined, torch.cat(weights) if weights else None)
 
 
 def _zeros_like(block: Block, n: int) -> Block:
-    from tracin.gradients.blocks import Dense
-
     some = block.rows(0, 1).materialise()
     return Dense(some.new_zeros(n, some.shape[1]))
 
@@ -141,9 +180,7 @@ def influence(run: Run) -> Tensor:
     Returns:
         The scores on the CPU.
     """
-    if run.queries is None:
-        raise RuntimeError("influence needs queries")
-    n, m, c = len(run.train.rows), len(run.queries.rows), len(run.trajectory)
+    n, m, c = len(run.train.rows), len(run.asked.rows), len(run.trajectory)
     values = torch.zeros(m, n, dtype=run.dtype)
     with progress("influence", c * (n + m), show=run.settings.progress) as bar:
         for index in range(c):
@@ -153,7 +190,9 @@ def influence(run: Run) -> Tensor:
                     bar.grow(n)
                 for batch, value in run.batches(run.train):
                     part = score_batch(run, batch, value, tile)
-                    values[tile.start : tile.start + tile.size, batch.start : batch.start + batch.size] += part.mT.cpu()
+                    values[tile.start : tile.start + tile.size, batch.start : batch.start + batch.size] += (
+                        part.mT.cpu()
+                    )
                     bar.advance(batch.size)
     return values
 
@@ -171,7 +210,9 @@ def self_influence(run: Run) -> Tensor:
         OptionError: Under ``normalize`` every score would be the sum of the rates.
     """
     if run.settings.normalize:
-        raise OptionError("self_influence with normalize=True is the same number for every row. Use normalize=False.")
+        raise OptionError(
+            "self_influence with normalize=True is the same number for every row. Use normalize=False."
+        )
     n, c = len(run.train.rows), len(run.trajectory)
     values = torch.zeros(n, dtype=run.dtype)
     with progress("self-influence", c * n, show=run.settings.progress) as bar:

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from tracin.data import Batch, to_device
-from tracin.gradients.blocks import TILE, Block, held
+from tracin.gradients.blocks import TILE, Block
 from tracin.gradients.capture import recording
+from tracin.gradients.products import held
 from tracin.progress import progress
 from tracin.scoring.passes import HeldQueries, hold_queries, score_batch
 from tracin.scoring.run import Run
@@ -66,14 +67,12 @@ def plan(run: Run) -> Plan:
     Returns:
         The plan.
     """
-    if run.queries is None:
-        raise RuntimeError("a plan needs queries")
     run.load(0)
-    n, m, c = len(run.train.rows), len(run.queries.rows), len(run.trajectory)
+    n, m, c = len(run.train.rows), len(run.asked.rows), len(run.trajectory)
     blocks, query_seconds, query_rows = _first_queries(run)
     per_query = sum(block.nbytes for block in blocks.values()) / query_rows
     budget = run.settings.memory // 2
-    tile = max(run.queries.rows.sizes[0], min(m, int(budget / max(per_query, 1e-9))))
+    tile = max(run.asked.rows.sizes[0], min(m, int(budget / max(per_query, 1e-9))))
     tiles = -(-m // tile)
     train_seconds, train_bytes, train_rows = _first_train(run)
     parameters = sum(p.numel() * p.element_size() for p in run.task.model.parameters())
@@ -86,9 +85,7 @@ def plan(run: Run) -> Plan:
 
 
 def _first_queries(run: Run) -> tuple[dict[tuple[str, ...], Block], float, int]:
-    source = run.queries
-    if source is None:
-        raise RuntimeError("a plan needs queries")
+    source = run.asked
     batch, value = next(run.batches(source))
     run.gradients(source, batch, to_device(value, run.loaded.device, copy=True))
     start = time.perf_counter()
@@ -98,8 +95,6 @@ def _first_queries(run: Run) -> tuple[dict[tuple[str, ...], Block], float, int]:
 
 
 def _first_train(run: Run) -> tuple[float, int, int]:
-    if run.queries is None:
-        raise RuntimeError("a plan needs queries")
     with progress("plan", 0, show=False) as bar:
         tile: HeldQueries = next(hold_queries(run, run.settings.memory // 2, bar))
     batch, value = next(run.batches(run.train))
@@ -119,16 +114,19 @@ def _captured_bytes(run: Run, batch: Batch, value: object) -> int:
     for calls in tape.calls.values():
         for call in calls:
             element = torch.empty(0, dtype=run.dtype).element_size()
-            total += _tensor_bytes((call.args, call.kwargs)) + 2 * sum(shape.numel() for shape in call.shapes) * element
+            total += (
+                _tensor_bytes((call.args, call.kwargs))
+                + 2 * sum(shape.numel() for shape in call.shapes) * element
+            )
     return total
 
 
 def _routes(run: Run, blocks: dict[tuple[str, ...], Block], rows: int) -> tuple[Route, ...]:
     wiring = run.train.wiring
-    if wiring is None:
-        raise RuntimeError("the run has no wiring yet")
     routes = []
     for names, block in blocks.items():
         reasons = "; ".join(dict.fromkeys(wiring.reasons[name] for name in names if name in wiring.reasons))
-        routes.append(Route(names, wiring.route(names[0]), type(block).__name__, block.nbytes // rows, reasons))
+        routes.append(
+            Route(names, wiring.route(names[0]), type(block).__name__, block.nbytes // rows, reasons)
+        )
     return tuple(routes)

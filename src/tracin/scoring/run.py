@@ -14,10 +14,12 @@ from tracin.checkpoints import Trajectory
 from tracin.data import Batch, RowSource, open_rows, row_checksums, same_checksums, to_device
 from tracin.errors import DataError, LossError, NotFiniteError, OptionError, UserCodeError
 from tracin.gradients.agreement import accumulation_dtype
-from tracin.gradients.blocks import Block, dot
+from tracin.gradients.blocks import Block
 from tracin.gradients.check import checked_gradients
 from tracin.gradients.engine import BatchGradients, Keys, Source, name_not_finite
-from tracin.gradients.wiring import LossModule, wire
+from tracin.gradients.products import dot
+from tracin.gradients.sites import LossModule
+from tracin.gradients.wiring import wire
 from tracin.scoring.guard import LoadedModel, guarded
 from tracin.tasks import Selection, Task
 
@@ -94,6 +96,13 @@ class Run:
         """Dtype of the scores: the parameters', at least float32."""
         return accumulation_dtype(next(iter(self.selection.traced.values())).dtype)
 
+    @property
+    def asked(self) -> Source:
+        """The queries, for verbs that have them."""
+        if self.queries is None:
+            raise RuntimeError("this run has no queries")
+        return self.queries
+
     def sources(self) -> list[Source]:
         """Train, and queries where there are any."""
         return [self.train] if self.queries is None else [self.train, self.queries]
@@ -111,16 +120,16 @@ class Run:
         self.where = checkpoint.name
         for source in self.sources():
             source.where = f"{source.rows.name}, {checkpoint.name}"
-        if any(source.wiring is None for source in self.sources()):
+        if any(source.found is None for source in self.sources()):
             self._wire_all()
-            self.keys = Keys.of(*(s.wiring for s in self.sources() if s.wiring is not None))
+            self.keys = Keys.of(*(s.wiring for s in self.sources() if s.found is not None))
 
     def _wire_all(self) -> None:
         """Wire every source; queries under the training loss take the train rows' wiring, which their first batch checks."""
         self._wire(self.train)
         if self.queries is not None:
             if self.queries.loss is self.train.loss:
-                self.queries.wiring = self.train.wiring
+                self.queries.found = self.train.wiring
             else:
                 self._wire(self.queries)
 
@@ -128,7 +137,7 @@ class Run:
         n = len(source.rows)
         rows = sorted({0, n // 2, n - 1})
         try:
-            source.wiring = wire(source.root, self.selection.traced, source.run, _steady(source), rows)
+            source.found = wire(source.root, self.selection.traced, source.run, _steady(source), rows)
         except LossError:
             first = next(iter(source.rows.batches()))  # the user's own batch says more than the probe's
             source.run(to_device(first.value, source.device), first.rows)
@@ -138,11 +147,25 @@ class Run:
                 source.run(source.take([row, row]), [row, row])
             raise
 
-    def batches(self, source: Source) -> Iterator[tuple[Batch, Any]]:
-        """A pass over a source: each batch, and its value on the device. Data that changes between passes is refused."""
+    def batches(
+        self, source: Source, *, start: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[Batch, Any]]:
+        """Pass over a source's whole batches from row ``start`` to ``stop``; data that changes is refused.
+
+        Args:
+            source: Train rows or queries.
+            start: Where a batch begins.
+            stop: Where a batch ends; the end of the data unless given.
+
+        Yields:
+            Each batch, and its value on the device.
+        """
         for batch in source.rows.batches():
-            self.check_unchanged(source, batch)
-            yield batch, to_device(batch.value, self.loaded.device)
+            if stop is not None and batch.start >= stop:
+                return
+            if batch.start >= start:
+                self.check_unchanged(source, batch)
+                yield batch, to_device(batch.value, self.loaded.device)
 
     def check_unchanged(self, source: Source, batch: Batch) -> None:
         """Compare a batch's checksums with those of the pass before."""
@@ -164,14 +187,14 @@ class Run:
         """A batch's per-example gradients; the first batch of each source is checked against autograd."""
         first = source.rows.name not in self._checked
         self._checked.add(source.rows.name)
-        inherited = first and source is self.queries and source.wiring is self.train.wiring
+        inherited = first and source is self.queries and source.found is self.train.found
         spare = to_device(value, source.device, copy=True) if inherited else None
         found = checked_gradients(source, self.keys, batch, value, self.selection.traced, first)
         if inherited and source.irregular:
             # The queries are not shaped like the train rows: they get a wiring of their own.
             source.irregular.clear()
             self._wire(source)
-            self.keys = Keys.of(*(s.wiring for s in self.sources() if s.wiring is not None))
+            self.keys = Keys.of(*(s.wiring for s in self.sources() if s.found is not None))
             return checked_gradients(source, self.keys, batch, spare, self.selection.traced, first)
         return found
 
@@ -199,7 +222,11 @@ def _steady(source: Source) -> Callable[[Sequence[int]], Any]:
 
 
 def products(
-    train: Mapping[tuple[str, ...], Block], queries: Mapping[tuple[str, ...], Block], n: int, m: int, like: Tensor
+    train: Mapping[tuple[str, ...], Block],
+    queries: Mapping[tuple[str, ...], Block],
+    n: int,
+    m: int,
+    like: Tensor,
 ) -> Tensor:
     """Σ over parameters of the inner products of two batches of gradients, [n, m].
 
@@ -236,11 +263,15 @@ def refuse_products(values: Tensor, found: BatchGradients, batch: Batch, where: 
         return
     name_not_finite(found.blocks, batch, where)
     row = batch.rows[int((~torch.isfinite(values)).reshape(batch.size, -1).any(1).nonzero()[0])]
-    raise NotFiniteError(f"the products of row {row}'s gradient overflow {values.dtype} ({where}). Use a float64 model.")
+    raise NotFiniteError(
+        f"the products of row {row}'s gradient overflow {values.dtype} ({where}). Use a float64 model."
+    )
 
 
 @contextmanager
-def opened(task: Task, trajectory: Trajectory, settings: Settings, train: Any, queries: Any | None = None) -> Iterator[Run]:
+def opened(
+    task: Task, trajectory: Trajectory, settings: Settings, train: Any, queries: Any | None = None
+) -> Iterator[Run]:
     """Open the data, guard the model, and hand out the run.
 
     Args:
@@ -261,9 +292,15 @@ def opened(task: Task, trajectory: Trajectory, settings: Settings, train: Any, q
     if queries is not None:
         sides.append((open_rows(queries, name="queries", **opening), task.query_loss or task.loss))
     with guarded(task.model, settings.device) as loaded:
-        sources = [
-            Source(LossModule(task.model, loss), loss, rows, loaded.device) for rows, loss in sides
-        ]
+        sources = [Source(LossModule(task.model, loss), loss, rows, loaded.device) for rows, loss in sides]
         for source in sources:
             source.root.eval()
-        yield Run(task, trajectory, settings, loaded, selection, sources[0], sources[1] if queries is not None else None)
+        yield Run(
+            task,
+            trajectory,
+            settings,
+            loaded,
+            selection,
+            sources[0],
+            sources[1] if queries is not None else None,
+        )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from tracin.data import Batch, to_device
 from tracin.errors import OptionError
 from tracin.progress import progress
-from tracin.scoring.passes import HeldQueries, hold_queries, score_batch
+from tracin.scoring.passes import HeldQueries, first_queries, same_queries, score_batch
 from tracin.scoring.run import Run
 
 __all__ = ["Lists", "check_k", "merge", "top_k"]
@@ -95,20 +94,26 @@ def _train_tiles(run: Run, rows: int) -> Iterator[list[Batch]]:
 
 
 def _resident(run: Run, budget: int) -> Iterator[list[HeldQueries]]:
-    """Tiles of queries with their gradients at every checkpoint."""
-    per_checkpoint = budget // len(run.trajectory)
-    starts: list[tuple[int, int]] | None = None
-    tiles: list[list[HeldQueries]] = []
-    with progress("queries", 0, show=False) as bar:
-        for index in range(len(run.trajectory)):
+    """Hold the queries tile by tile, each at every checkpoint.
+
+    Args:
+        run: A run with queries.
+        budget: Bytes for one tile at all checkpoints; the first one says how many queries fit.
+
+    Yields:
+        A tile's gradients, checkpoint by checkpoint.
+    """
+    start, m = 0, len(run.asked.rows)
+    while start < m:
+        run.load(0)
+        tile = first_queries(run, start, budget // len(run.trajectory))
+        rows = range(start, start + tile.size)
+        tiles = [tile]
+        for index in range(1, len(run.trajectory)):
             run.load(index)
-            found = list(hold_queries(run, per_checkpoint, bar))
-            shape = [(tile.start, tile.size) for tile in found]
-            if starts is None:
-                starts, tiles = shape, [[] for _ in found]
-            for at, tile in enumerate(found):
-                tiles[at].append(tile)
-    yield from tiles
+            tiles.append(same_queries(run, rows))
+        yield tiles
+        start = rows.stop
 
 
 def top_k(run: Run, k: int, allowed: Tensor | None = None) -> tuple[Lists, Lists]:
@@ -125,14 +130,12 @@ def top_k(run: Run, k: int, allowed: Tensor | None = None) -> tuple[Lists, Lists
     Raises:
         OptionError: k is out of range.
     """
-    if run.queries is None:
-        raise RuntimeError("top_k needs queries")
     n = len(run.train.rows)
     check_k(k, n)
-    done: list[tuple[Lists, Lists]] = []
-    for resident in _resident(run, run.settings.memory // 2):
-        done.append(_scan(run, resident, k, allowed))
-    return tuple(Lists(torch.cat([d[s].values for d in done]), torch.cat([d[s].ids for d in done])) for s in (0, 1))  # type: ignore[return-value]
+    done = [_scan(run, resident, k, allowed) for resident in _resident(run, run.settings.memory // 2)]
+    high = Lists(torch.cat([lists.values for lists, _ in done]), torch.cat([lists.ids for lists, _ in done]))
+    low = Lists(torch.cat([lists.values for _, lists in done]), torch.cat([lists.ids for _, lists in done]))
+    return high, low
 
 
 def _scan(run: Run, resident: list[HeldQueries], k: int, allowed: Tensor | None) -> tuple[Lists, Lists]:
@@ -149,7 +152,9 @@ def _scan(run: Run, resident: list[HeldQueries], k: int, allowed: Tensor | None)
                 run.load(index)
                 for batch in tile:
                     run.check_unchanged(run.train, batch)
-                    part = score_batch(run, batch, to_device(batch.value, run.loaded.device, copy=True), queries)
+                    part = score_batch(
+                        run, batch, to_device(batch.value, run.loaded.device, copy=True), queries
+                    )
                     values[:, batch.start - first : batch.start - first + batch.size] += part.mT.cpu()
                     bar.advance(batch.size)
             ids = torch.arange(first, first + size)

@@ -65,8 +65,9 @@ def predict(model: nn.Module, inputs: Any) -> Tensor:
         return output
     if isinstance(output, Mapping) and "logits" in output:
         return output["logits"]
-    if hasattr(output, "logits"):
-        return output.logits
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
     if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
         return output[0]
     raise LossError(
@@ -168,7 +169,9 @@ def binary_cross_entropy(model: nn.Module, batch: Any) -> Float[Tensor, " n"]:
 def _binary_outputs(model: nn.Module, batch: Any) -> tuple[Float[Tensor, "n 2"], Int[Tensor, " n"]]:
     logits, targets = _binary_logits(model, batch)
     if logits.numel() != len(logits):
-        raise LossError("several labels per row have no single predicted class: give Task(outputs=...) of your own.")
+        raise LossError(
+            "several labels per row have no single predicted class: give Task(outputs=...) of your own."
+        )
     flat = logits.reshape(-1)
     return torch.stack([torch.zeros_like(flat), flat], 1), (targets.reshape(-1) > 0.5).long()
 

@@ -61,8 +61,10 @@ class Task:
         if not isinstance(self.model, nn.Module):
             raise OptionError(f"Task: model is a {type(self.model).__name__}, not a torch.nn.Module.")
         for name, value in (("loss", self.loss), ("query_loss", self.query_loss), ("outputs", self.outputs)):
-            if value is not None and not callable(value) or (name == "loss" and value is None):
-                raise OptionError(f"Task: {name} is a {type(value).__name__}, not a function of (model, batch).")
+            if (value is not None and not callable(value)) or (name == "loss" and value is None):
+                raise OptionError(
+                    f"Task: {name} is a {type(value).__name__}, not a function of (model, batch)."
+                )
         if isinstance(self.loss, nn.Module):
             raise OptionError(
                 f"Task: loss is the module {type(self.loss).__name__}. Give a function loss(model, batch) -> Tensor [n], "
@@ -92,7 +94,9 @@ class Task:
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             names[first[id(parameter)]].append(name)
         if not parameters:
-            raise ModelError(f"the model {type(self.model).__name__} has no parameters: there is nothing to trace.")
+            raise ModelError(
+                f"the model {type(self.model).__name__} has no parameters: there is nothing to trace."
+            )
         everything = [name for group in names.values() for name in group]
         for glob in self.globs:
             if not any(fnmatchcase(name, glob) for name in everything):
@@ -100,7 +104,11 @@ class Task:
                     f"Task: the parameter glob {glob!r} matches nothing. The parameters are "
                     f"{', '.join(everything[:8])}{', …' if len(everything) > 8 else ''}."
                 )
-        chosen = {name for name in names if any(fnmatchcase(alias, glob) for alias in names[name] for glob in self.globs)}
+        chosen = {
+            name
+            for name in names
+            if any(fnmatchcase(alias, glob) for alias in names[name] for glob in self.globs)
+        }
         traced = {name: p for name, p in parameters.items() if name in chosen and p.requires_grad}
         if not traced:
             raise ModelError(
@@ -136,7 +144,9 @@ def row_losses(loss: Loss, model: nn.Module, value: Any, rows: Sequence[int], wh
         losses = loss(model, value)
     n = len(rows)
     if not isinstance(losses, Tensor):
-        raise LossError(f"the loss returned a {type(losses).__name__}: it must return a Tensor [n], one number per row.")
+        raise LossError(
+            f"the loss returned a {type(losses).__name__}: it must return a Tensor [n], one number per row."
+        )
     if losses.dim() == 0:
         raise LossError(
             "the loss returned one number for the whole batch. Return one per row: reduction='none' "

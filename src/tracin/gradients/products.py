@@ -1,0 +1,156 @@
+"""Inner products of two batches of gradients, and the representation that queries are held in.
+
+The query's representation decides the route: against a ``Dense`` query the train side is multiplied out, against an
+``Outer`` query the product stays factored. Cost in multiply-adds:
+
+    factored         n m t s (i + o)
+    multiplied out   n t i o + n m i o
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tracin.gradients.blocks import Block, Convolution, Dense, Outer, Rows, Sum, tiles
+from tracin.shapes import Float
+
+__all__ = ["concatenate", "dot", "held"]
+
+
+def dot(train: Block, queries: Block) -> Float[Tensor, "n m"]:
+    r"""All inner products :math:`\langle g(z_n), g(z'_m) \rangle` of two blocks of the same parameter.
+
+    Args:
+        train: n examples.
+        queries: m examples; their representation decides the route (see the module's docstring).
+
+    Returns:
+        The products, [n, m].
+
+    Example:
+        >>> x = Outer(torch.ones(2, 1, 3), torch.ones(2, 1, 4), bias=1.0)
+        >>> dot(x, Dense(x.materialise()))
+        tensor([[16., 16.],
+                [16., 16.]])
+    """
+    if isinstance(queries, Sum):
+        return torch.stack([dot(train, part) for part in queries.parts]).sum(0)
+    if isinstance(train, Convolution) and isinstance(queries, Outer) and train.shape.groups == 1:
+        train = train.outer()
+    if isinstance(train, Outer) and isinstance(queries, Outer):
+        return _dot_factored(train, queries)
+    if isinstance(train, Rows) and isinstance(queries, Rows):
+        return _dot_matching(train, queries)
+    if isinstance(train, Rows) and isinstance(queries, Dense) and train.index.shape[1] < train.length:
+        return _dot_gathered(train, queries)
+    other = queries.materialise().mT
+    parts = [train.rows(start, stop).materialise() @ other for start, stop in tiles(len(train), train.size)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _dot_factored(train: Outer, queries: Outer) -> Float[Tensor, "n m"]:
+    """Σ_ts (a_t·a'_s + b b')(δ_t·δ'_s), in tiles of train rows."""
+    (n, t, _), (m, s, _) = train.a.shape, queries.a.shape
+    bias = 0.0 if train.bias is None or queries.bias is None else train.bias * queries.bias
+    query_a, query_d = queries.a.reshape(m * s, -1).mT, queries.d.reshape(m * s, -1).mT
+    parts = []
+    for start, stop in tiles(n, 2 * t * m * s):
+        a = train.a[start:stop].reshape((stop - start) * t, -1) @ query_a  # [nt, ms]
+        if bias:
+            a += bias
+        a *= train.d[start:stop].reshape((stop - start) * t, -1) @ query_d
+        parts.append(a if t == s == 1 else a.view(stop - start, t, m, s).sum((1, 3)))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _dot_matching(train: Rows, queries: Rows) -> Float[Tensor, "n m"]:
+    """Σ_ts [index_t = index'_s] δ_t·δ'_s, in tiles of train rows."""
+    (n, t, _), (m, s, _) = train.d.shape, queries.d.shape
+    query_d, query_index = queries.d.reshape(m * s, -1).mT, queries.index.reshape(1, m * s)
+    parts = []
+    for start, stop in tiles(n, 3 * t * m * s):
+        products = train.d[start:stop].reshape((stop - start) * t, -1) @ query_d
+        same = train.index[start:stop].reshape(-1, 1) == query_index
+        parts.append(torch.where(same, products, 0.0).view(stop - start, t, m, s).sum((1, 3)))
+    return torch.cat(parts)
+
+
+def _dot_gathered(train: Rows, queries: Dense) -> Float[Tensor, "n m"]:
+    """Σ_t δ_t · Q[index_t], token by token, where the queries are multiplied out."""
+    n, t, o = train.d.shape
+    m = len(queries)
+    table = queries.values.view(m, train.length, o).transpose(0, 1)  # [v, m, o]
+    parts = []
+    for start, stop in tiles(n, t * m * o):
+        gathered = table[train.index[start:stop].reshape(-1)]  # [nt, m, o]
+        d = train.d[start:stop].reshape(-1, o, 1)
+        parts.append(torch.bmm(gathered, d).view(stop - start, t, m).sum(1))
+    return torch.cat(parts)
+
+
+def held(block: Block, train_rows: int, train_uses: int | None = None) -> Block:
+    """The representation in which queries are held: multiplied out where that costs less over the run.
+
+    Args:
+        block: The queries' gradients.
+        train_rows: Train rows that will be multiplied with each held query.
+        train_uses: Uses t per train example, where it differs from the queries'.
+
+    Returns:
+        A ``Dense``, ``Outer`` or ``Rows`` block (or a ``Sum`` of such).
+    """
+    m = len(block)
+    if isinstance(block, Outer):
+        s, i, o = block.uses, block.a.shape[2], block.d.shape[2]
+        t = train_uses or s
+        factored = train_rows * m * t * s * (i + o)
+        out = train_rows * (t + m) * i * o + m * s * i * o
+        return block if factored <= out else Dense(block.materialise())
+    if isinstance(block, Convolution):
+        t = block.d[0, :, 0].numel()
+        i, o = block.size // block.shape.out_channels, block.shape.out_channels
+        if block.shape.groups == 1 and train_rows * m * t * t * (i + o) < train_rows * (t + m) * i * o:
+            return block.outer()
+        return Dense(block.materialise())
+    if isinstance(block, Rows):
+        t, o = block.index.shape[1], block.d.shape[2]
+        # Matching multiplies t·s pairs, gathering t; the table costs v·o memory per query.
+        return Dense(block.materialise()) if block.length <= 4 * t * t else block
+    if isinstance(block, Sum):
+        return Dense(block.materialise())
+    return block
+
+
+def concatenate(blocks: Sequence[Block]) -> Block:
+    """Blocks of consecutive batches as one; shorter ones are padded with uses that contribute nothing.
+
+    Args:
+        blocks: At least one, all of one kind after ``held``.
+
+    Returns:
+        One block of all examples.
+    """
+    if len(blocks) == 1:
+        return blocks[0]
+    if all(isinstance(block, Outer) for block in blocks):
+        outers = [block for block in blocks if isinstance(block, Outer)]
+        if len({block.bias for block in outers}) == 1:
+            t = max(block.uses for block in outers)
+            a = torch.cat([_padded(block.a, t) for block in outers])
+            return Outer(a, torch.cat([_padded(block.d, t) for block in outers]), outers[0].bias)
+    if all(isinstance(block, Rows) for block in blocks):
+        tables = [block for block in blocks if isinstance(block, Rows)]
+        t = max(block.index.shape[1] for block in tables)
+        index = torch.cat([_padded(block.index, t) for block in tables])
+        return Rows(index, torch.cat([_padded(block.d, t) for block in tables]), tables[0].length)
+    return Dense(torch.cat([block.materialise() for block in blocks]))
+
+
+def _padded(values: Tensor, t: int) -> Tensor:
+    if values.shape[1] == t:
+        return values
+    padding = values.new_zeros(values.shape[0], t - values.shape[1], *values.shape[2:])
+    return torch.cat([values, padding], 1)
