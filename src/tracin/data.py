@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -295,14 +295,14 @@ def to_device(value: Any, device: torch.device, *, copy: bool = False) -> Any:
     Returns:
         The batch.
     """
+    return pytree.tree_map(partial(_moved, device=device, copy=copy), value)
 
-    def move(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return leaf.to(device, non_blocking=True, copy=copy)
-        mover = getattr(leaf, "to", None)
-        return mover(device) if callable(mover) else leaf
 
-    return pytree.tree_map(move, value)
+def _moved(leaf: Any, device: torch.device, copy: bool) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.to(device, non_blocking=True, copy=copy)
+    mover = getattr(leaf, "to", None)
+    return mover(device) if callable(mover) else leaf
 
 
 def row_checksums(batch: Batch, *, double: bool = False) -> Tensor | None:

@@ -19,7 +19,6 @@ import tracin
 from gradients.common import keys_of, source_of, traced, wired
 from gradients.layers import LAYERS, loss
 from gradients.mutations import MUTATIONS, mutations_of
-from tracin.gradients.agreement import tolerance
 from tracin.gradients.check import checked_gradients
 from tracin.gradients.engine import Source
 from tracin.gradients.rules import RULES
@@ -45,7 +44,6 @@ def mutations(pairs: list[tuple[type[nn.Module], str]]) -> Any:
 
 every_mutation = mutations(ALL)
 # Whole gradients given to other rows keep the sum over the batch: the wiring and ``verify`` compare single rows.
-every_mutation_of_the_sum = mutations([(cls, name) for cls, name in ALL if name != "rows rolled"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 
 
@@ -106,8 +104,7 @@ def test_the_wiring_catches_it(cls: type[nn.Module], mutation: str, monkeypatch:
             f"{role} is still traced by a rule that is wrong: {mutation}"
         )
         assert row.traced
-        if row.route != SHARED:
-            assert "off by" in row.reason, f"{role}: the reason {row.reason!r} does not tell the error"
+        assert "off by" in row.reason, f"{role}: the reason {row.reason!r} does not tell the error"
     assert verified.exact, f"{mutation}: {verified}"
     oracle.assert_close(traced_by.influence(rows, queries).values, truth(cls), 1e-10, f"scores, {mutation}")
 
@@ -141,7 +138,7 @@ def sound_method(cls: type[nn.Module]) -> tuple[tracin.TracInCP, Any, Wiring]:
 
 
 @dtypes
-@every_mutation_of_the_sum
+@every_mutation
 def test_the_first_batch_catches_it(
     cls: type[nn.Module], mutation: str, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -177,13 +174,29 @@ def test_the_first_batch_catches_it(
 
 
 @every_mutation
-def test_verify_says_not_exact(cls: type[nn.Module], mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``verify`` judges the gradients themselves: it notices a rule that went wrong after the wiring."""
+def test_verify_names_the_parameter(
+    cls: type[nn.Module], mutation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``verify`` runs the always-on check: what went wrong after the wiring is named, and the rest is exact."""
     traced_by, rows, wiring = sound_method(cls)
     monkeypatch.setattr(run_module, "wire", lambda *_: broken(wiring, cls, mutation))
     verified = traced_by.verify(rows)
+    named = [row for row in verified.coverage.table if row.reason.startswith("off by")]
+    assert named, f"{cls.__name__}, {mutation}: verify says {verified}"
+    assert all(row.parameter.startswith("layer.") and row.route == "by row" for row in named)
+    assert verified.exact, "the slow route is not exact"
+
+
+@every_mutation
+def test_rows_of_verify_see_it_alone(
+    cls: type[nn.Module], mutation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the always-on check turned off, the random rows of ``verify`` notice the rule that went wrong."""
+    traced_by, rows, wiring = sound_method(cls)
+    monkeypatch.setattr(run_module, "wire", lambda *_: broken(wiring, cls, mutation))
+    monkeypatch.setattr(run_module.Run, "gradients", lambda *_: None)
+    verified = traced_by.verify(rows)
     assert not verified.exact, f"{cls.__name__}, {mutation}: verify says {verified}"
-    assert verified.max_relative_error > tolerance(torch.float64)
     assert str(verified).startswith("NOT exact")
     worst = max(verified.errors, key=lambda name: verified.errors[name])
     assert worst.startswith("layer."), f"verify blames {worst}, not the layer whose rule is wrong"

@@ -124,7 +124,7 @@ def test_rows_that_a_layer_sees_in_another_order(name: str, already: bool) -> No
 
 def test_the_reverse_run_is_what_catches_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The case above can fail: without the comparison in reverse, sorted rows pass for rows in order."""
-    monkeypatch.setattr("tracin.gradients.wiring._turns_with_the_rows", lambda *_: True)
+    monkeypatch.setattr("tracin.gradients.probe._turns_with_the_rows", lambda *_: True)
     x = normal(6, 3, seed=1)
     _, wiring = wiring_of(lambda: Reordered(ORDERS["sorted"]), x[x[:, 0].argsort()])
     assert "layer" in wiring.rules

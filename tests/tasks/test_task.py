@@ -152,7 +152,7 @@ def test_ctrl_c_and_our_own_errors_pass_through(error: type[BaseException]) -> N
     def loss(model: nn.Module, batch: Any) -> Tensor:
         raise error("stop")
 
-    with pytest.raises(error, match="^stop$"):
+    with pytest.raises(error, match=r"^stop$"):
         row_losses(loss, MODEL, X, [0, 1, 2, 3], "train")
 
 

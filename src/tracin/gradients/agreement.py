@@ -8,11 +8,12 @@ added up, and of ``total``, the norm over all parameters.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-__all__ = ["TOLERANCE", "accumulation_dtype", "relative_error", "tolerance"]
+__all__ = ["TOLERANCE", "accumulation_dtype", "coarsest", "relative_error", "tolerance"]
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
@@ -20,6 +21,13 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torc
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which products of gradients of ``dtype`` are added up: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The least precise of some floating-point dtypes, which bounds how well two computations can agree."""
+    return max(
+        (dtype for dtype in dtypes if dtype.is_floating_point), key=lambda dtype: torch.finfo(dtype).eps
+    )
 
 
 def tolerance(dtype: torch.dtype) -> float:

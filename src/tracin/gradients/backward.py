@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,19 +76,10 @@ def backward(
     if not asked:
         return Backward({}, {})
 
-    def reader(found: list[tuple[Output, GradientEdge]]) -> Callable[[Sequence[Tensor | None]], None]:
-        def read(gradients: Sequence[Tensor | None]) -> None:
-            for output, edge in found:
-                delta = gradients[edge.output_nr]
-                if delta is not None:
-                    receive(output, delta)
-
-        return read
-
     passed = [
         (node, found) for node, found in marked.items() if node in graph.nodes and node not in graph.ends
     ]
-    handles = [node.register_prehook(reader(found)) for node, found in passed]
+    handles = [node.register_prehook(partial(_read, found, receive)) for node, found in passed]
     ones = torch.ones_like(losses)
     keep = keep or bool(places and parameters)  # what made a shared tensor is differentiated once more
     try:
@@ -101,6 +93,17 @@ def backward(
             receive(output, delta)
     by_place: dict[str, list[Tensor | None]] = {name: [next(got) for _ in at] for name, at in places.items()}
     return Backward(by_place, {name: _dense(next(got), parameter) for name, parameter in parameters.items()})
+
+
+def _read(
+    found: list[tuple[Output, GradientEdge]],
+    receive: Callable[[Output, Tensor], None],
+    gradients: Sequence[Tensor | None],
+) -> None:
+    for output, edge in found:
+        delta = gradients[edge.output_nr]
+        if delta is not None:
+            receive(output, delta)
 
 
 def _dense(gradient: Tensor | None, parameter: Tensor) -> Tensor:

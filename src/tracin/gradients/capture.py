@@ -51,12 +51,15 @@ def _detached(value: Any, copy: bool) -> Any:
     if not value:
         return value
 
-    def detach(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        return leaf.detach().clone() if copy else leaf.detach()
+    return pytree.tree_map(_copied if copy else _cut, value)
 
-    return pytree.tree_map(detach, value)
+
+def _cut(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 
 
 def tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

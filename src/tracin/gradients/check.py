@@ -6,7 +6,8 @@ sum of the losses, for every parameter. (b) For the few rows of the probe, the r
 twice, since some models cannot run a batch of one).
 
 A parameter that fails (a) or (b) goes row by row from there on and is named; (c) is an error. A parameter whose
-reference is zero is checked in the first batch where it is not.
+reference is zero is checked in the first batch where it is not. A model that moves rows about (``movement``) is checked
+on every batch.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tracin.data import Batch, row_checksums, same_checksums, to_device
+from tracin.data import Batch, row_checksums, same_checksums
 from tracin.errors import DataError
 from tracin.gradients import reference
 from tracin.gradients.agreement import relative_error, tolerance
@@ -72,7 +73,7 @@ class _Comparison:
 
 
 def row_errors(
-    found: BatchGradients, traced: Mapping[str, nn.Parameter], rows: list[int]
+    found: BatchGradients, traced: Mapping[str, nn.Parameter], rows: list[int], dtype: torch.dtype
 ) -> dict[str, float]:
     """Relative errors of single rows' gradients against autograd in the same graph.
 
@@ -80,11 +81,12 @@ def row_errors(
         found: Gradients with their graph kept.
         traced: Parameters to compare.
         rows: Positions in the batch.
+        dtype: The least precise dtype of the arithmetic.
 
     Returns:
         The largest error per parameter.
     """
-    comparison = _Comparison(traced, found.losses.dtype)
+    comparison = _Comparison(traced, dtype)
     for row in rows:
         truth = reference.in_graph(found.losses, traced, row)
         norms = {name: float(torch.linalg.vector_norm(g)) for name, g in truth.items()}
@@ -94,11 +96,11 @@ def row_errors(
 
 
 def _sum_errors(
-    found: BatchGradients, against: Mapping[str, nn.Parameter]
+    found: BatchGradients, against: Mapping[str, nn.Parameter], dtype: torch.dtype
 ) -> tuple[dict[str, float], set[str]]:
     """Errors of a sum of a batch's gradients with a weight for each row, and the parameters whose reference is zero."""
     losses = found.losses
-    comparison = _Comparison(against, losses.dtype)
+    comparison = _Comparison(against, dtype)
     weights = _row_weights(losses)
     truth = reference.summed(losses, against, weights)
     wanted = {names: block for names, block in found.blocks.items() if set(names) <= set(against)}
@@ -137,7 +139,7 @@ def refuse_mixing(source: Source, batch: Batch, losses: Tensor, seen: Tensor | N
             _refuse_another_row(source, batch, row, seen[at])
         repeat = [row] * (3 if batch.size == 2 else 2)
         again = source.run(source.take(repeat), repeat)
-        same_rows(losses[at : at + 1], again[:1], [row])
+        same_rows(losses[at : at + 1], again[:1], [row], source.dtype)
 
 
 def _refuse_another_row(source: Source, batch: Batch, row: int, seen: Tensor) -> None:
@@ -201,27 +203,29 @@ def checked_gradients(
     Raises:
         LossError: The loss mixes rows.
     """
-    if first:
-        names = set(traced)
-    elif source.wiring.pending:
-        names = set(source.wiring.pending)
-    else:
-        return batch_gradients(source, keys, batch, value, traced)
+    wiring = source.wiring
+    names = set(traced)
+    if not first:
+        pending = {name: traced[name] for name in wiring.pending}
+        found = batch_gradients(source, keys, batch, value, traced, against=pending)
+        if found.in_place and not any(bool(gradient.any()) for gradient in found.truth.values()):
+            return found
+        value = source.take(batch.rows)  # the model may have written into the batch
+        if found.in_place:
+            names = set(wiring.pending)
     names |= {name for pair in keys.fused if set(pair) & names for name in pair}
     against = {name: traced[name] for name in traced if name in names}
-    again = to_device(value, source.device, copy=True)
-    if not first:
-        found = batch_gradients(source, keys, batch, value, traced, against=against)
-        if not any(bool(found.truth[name].any()) for name in source.wiring.pending):
-            return found
-        value = to_device(again, source.device, copy=True)
     seen = row_checksums(batch, double=True) if first else None
     found = batch_gradients(source, keys, batch, value, traced, keep_graph=True)
     if first:
         refuse_mixing(source, batch, found.losses, seen)
-    errors, zero = _sum_errors(found, against)
-    failed = {name: error for name, error in errors.items() if error > tolerance(found.losses.dtype)}
-    source.found = replace(source.wiring, pending=frozenset(zero) - set(source.wiring.unused))
+    errors, zero = _sum_errors(found, against, source.dtype)
+    failed = {name: error for name, error in errors.items() if error > tolerance(source.dtype)}
+    source.found = replace(
+        source.wiring,
+        pending=frozenset(zero)
+        & (source.wiring.pending | (names if first else set())) - set(source.wiring.unused),
+    )
     if not failed:
         return BatchGradients(found.losses.detach(), found.blocks)
     source.found = _demoted(source.wiring, failed)
@@ -231,4 +235,4 @@ def checked_gradients(
         source.rows.name,
         "; ".join(source.wiring.reasons[name] for name in failed),
     )
-    return batch_gradients(source, keys, batch, again, traced)
+    return batch_gradients(source, keys, batch, source.take(batch.rows), traced)

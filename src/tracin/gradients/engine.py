@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from tracin.data import Batch, RowSource, to_device
 from tracin.errors import NotFiniteError
 from tracin.gradients import reference, shared
-from tracin.gradients.agreement import accumulation_dtype
+from tracin.gradients.agreement import accumulation_dtype, coarsest
 from tracin.gradients.backward import Output, backward, marked_nodes
 from tracin.gradients.blocks import Block, Dense, Outer, Rows, Sum
 from tracin.gradients.capture import Call, Tape, recording, tensors
 from tracin.gradients.graph import Graph, walk
 from tracin.gradients.local import CallLayout
+from tracin.gradients.movement import in_place
 from tracin.gradients.sites import LocalSite, LossModule, RuleSite, Wiring, local_estimates, rule_blocks
 from tracin.tasks.task import Loss, row_losses
 
@@ -76,6 +77,11 @@ class Source:
     irregular: Counter[str] = field(default_factory=Counter)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The least precise dtype among the model's parameters, which bounds how exact its gradients are."""
+        return coarsest(parameter.dtype for parameter in self.root.model.parameters())
+
+    @property
     def wiring(self) -> Wiring:
         """The routes, once they were found."""
         if self.found is None:
@@ -95,12 +101,14 @@ class Source:
 class BatchGradients:
     """Losses [n] (with their graph where it was kept) and per-example gradients of a batch.
 
-    ``truth`` are autograd's own gradients of Σ_n ℓ_n for the parameters that were asked for.
+    ``truth`` are autograd's own gradients of Σ_n ℓ_n for the parameters that were asked for; ``in_place`` says
+    that no operation in the graph can have moved a row.
     """
 
     losses: Tensor
     blocks: Blocks
     truth: Mapping[str, Tensor] = field(default_factory=dict)
+    in_place: bool = True
 
     def nbytes(self) -> int:
         """Memory that the blocks hold."""
@@ -204,8 +212,9 @@ class _Collector:
         for names, block in rule_blocks(site, calls[at], layout, delta.detach(), self._n, groups).items():
             self._parts.setdefault(names, []).append(block)
 
-    def blocks(self, traced: Mapping[str, nn.Parameter]) -> Blocks:
-        """All blocks, those of the modules under vmap included."""
+    def blocks(self, traced: Mapping[str, nn.Parameter]) -> tuple[Blocks, set[str]]:
+        """All blocks, those of the modules under vmap included, and the parameters for which vmap could not run."""
+        failed: set[str] = set()
         for place in self._wiring.locals.values():
             names_left = {name: own for name, own in place.names.items() if name not in self._skipped}
             calls = self._tape.calls.get(place.site, [])
@@ -216,9 +225,15 @@ class _Collector:
                 for at, call in enumerate(calls)
             ]
             trial = LocalSite(place.site, place.module, names_left, place.layouts)
-            for name, values in local_estimates(trial, calls, deltas, self._n, traced).items():
+            try:
+                found = local_estimates(trial, calls, deltas, self._n, traced)
+            # The probe ran this module under vmap; on this batch it raises what it likes, and goes row by row.
+            except Exception:  # noqa: BLE001
+                failed |= set(names_left)
+                continue
+            for name, values in found.items():
                 self._parts.setdefault((name,), []).append(Dense(values))
-        return {names: _joined(blocks) for names, blocks in self._parts.items()}
+        return {names: _joined(blocks) for names, blocks in self._parts.items()}, failed
 
 
 def _joined(blocks: list[Block]) -> Block:
@@ -296,13 +311,15 @@ def batch_gradients(
     source.irregular.update(dict.fromkeys(irregular, batch.size))
     slow = irregular | set(wiring.by_row)
     slow |= {name for pair in keys.fused if set(pair) & slow for name in pair}
+    stay = in_place(wiring.movers, graph)  # before the backward pass frees what the operations saved
     collector = _Collector(wiring, keys, tape, batch.size, slow)
     back = backward(losses, graph, marked, places, collector.receive, against or {}, keep_graph)
-    blocks = collector.blocks(traced)
+    blocks, failed = collector.blocks(traced)
+    source.irregular.update(dict.fromkeys(failed, batch.size))
     blocks |= _shared_blocks(graph, places, back.places, batch.size, traced)
-    by_row = _by_row_blocks(source, keys, batch, slow, traced)
+    by_row = _by_row_blocks(source, keys, batch, slow | failed, traced)
     _refuse_not_finite(blocks | by_row, batch, source.where)
-    return BatchGradients(losses if keep_graph else losses.detach(), blocks | by_row, back.parameters)
+    return BatchGradients(losses if keep_graph else losses.detach(), blocks | by_row, back.parameters, stay)
 
 
 def _refuse_not_finite(blocks: Blocks, batch: Batch, where: str) -> None:

@@ -10,7 +10,32 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-__all__ = ["Graph", "walk"]
+__all__ = ["MOVERS", "Graph", "walk"]
+
+# Operations whose result can hold another row's values at a row's place.
+MOVERS = frozenset(
+    f"{name}Backward{version}"
+    for name in (
+        "Flip",
+        "Gather",
+        "Index",
+        "IndexAdd",
+        "IndexCopy",
+        "IndexPut",
+        "IndexSelect",
+        "MaskedScatter",
+        "MaskedSelect",
+        "Put",
+        "Roll",
+        "Scatter",
+        "ScatterAdd",
+        "ScatterReduce",
+        "Sort",
+        "Take",
+        "Topk",
+    )
+    for version in (0, 1)
+)
 
 # A tensor in the graph: the node that made it, and which of the node's outputs it is.
 Made = tuple[Any, int]
@@ -21,12 +46,14 @@ class Graph:
     """Readers of every tensor in the graph, as (node, position among the node's inputs), and the parameters' leaves.
 
     ``ends`` are the marked nodes below which there is no other: a backward pass to them runs through all others.
+    ``movers`` are the nodes that can hand one row's values to another (``MOVERS``), in the order of the walk.
     """
 
     readers: dict[Made, list[tuple[Any, int]]]
     leaves: dict[str, Any]
     nodes: set[Any]
     ends: set[Any]
+    movers: list[Any]
 
     def uses(self, name: str) -> int:
         """How often the graph reads a parameter; 0 for one that it does not reach."""
@@ -49,9 +76,10 @@ def walk(losses: Tensor, parameters: Mapping[str, Tensor], marked: Collection[An
     readers: dict[Made, list[tuple[Any, int]]] = {}
     leaves: dict[str, Any] = {}
     if losses.grad_fn is None:
-        return Graph(readers, leaves, set(), set())
+        return Graph(readers, leaves, set(), set(), [])
     seen: dict[Any, bool] = {}  # node → whether a marked node lies strictly below it
     children: dict[Any, list[Any]] = {}
+    movers: list[Any] = []
     stack: list[tuple[Any, bool]] = [(losses.grad_fn, False)]
     while stack:
         reader, done = stack.pop()
@@ -66,6 +94,8 @@ def walk(losses: Tensor, parameters: Mapping[str, Tensor], marked: Collection[An
             if name is not None:
                 leaves[name] = reader
             continue
+        if type(reader).__name__ in MOVERS:
+            movers.append(reader)
         stack.append((reader, True))
         below = children[reader] = []
         for position, (node, output) in enumerate(reader.next_functions):
@@ -74,7 +104,9 @@ def walk(losses: Tensor, parameters: Mapping[str, Tensor], marked: Collection[An
                 below.append(node)
                 if node not in seen:
                     stack.append((node, False))
-    return Graph(readers, leaves, set(seen), {node for node in marked if node in seen and not seen[node]})
+    return Graph(
+        readers, leaves, set(seen), {node for node in marked if node in seen and not seen[node]}, movers
+    )
 
 
 # The class of the nodes that hold parameters.

@@ -73,7 +73,10 @@ def gradients(
     cotangents = [to_rows(delta, layout.outputs[at], n) for at in used if (delta := deltas[at]) is not None]
 
     def pull(
-        expanded: dict[str, Tensor], row_inputs: list[Tensor], row_cotangents: list[Tensor]
+        expanded: dict[str, Tensor],
+        others: dict[str, Tensor],
+        row_inputs: list[Tensor],
+        row_cotangents: list[Tensor],
     ) -> dict[str, Tensor]:
         filled: list[Any] = list(leaves)
         for (at, lay), value in zip(by_row.items(), row_inputs, strict=True):
@@ -81,7 +84,7 @@ def gradients(
         args, kwargs = pytree.tree_unflatten(filled, spec)
 
         def forward(values: dict[str, Tensor]) -> tuple[Tensor, ...]:
-            outputs = pytree.tree_leaves(functional_call(module, values, args, kwargs))
+            outputs = pytree.tree_leaves(functional_call(module, {**others, **values}, args, kwargs))
             return tuple(outputs[call.positions[at]] for at in used)
 
         outputs, pullback, *_ = vjp(forward, expanded)
@@ -95,8 +98,23 @@ def gradients(
         ]
 
     expanded = {name: value.detach().expand(n, *value.shape) for name, value in parameters.items()}
+    others = _recurrent(module, parameters, n)
     chunk = max(1, CHUNK // max(1, sum(value.numel() for value in parameters.values())))
     with torch.no_grad(), warnings.catch_warnings():
         # vmap falls back to a loop for operations without a batching rule: slow, exact, and reported by the coverage.
         warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-        return vmap(pull, in_dims=(0, 0, 0), chunk_size=min(chunk, n))(expanded, inputs, cotangents)
+        return vmap(pull, in_dims=(0, 0, 0, 0), chunk_size=min(chunk, n))(
+            expanded, others, inputs, cotangents
+        )
+
+
+def _recurrent(module: nn.Module, traced: Mapping[str, Tensor], n: int) -> dict[str, Tensor]:
+    """The other parameters of recurrent layers, expanded too: these layers mix no expanded with unexpanded ones."""
+    out = {}
+    for prefix, layer in module.named_modules():
+        if isinstance(layer, nn.RNNBase | nn.RNNCellBase):
+            for own, value in layer.named_parameters(recurse=False):
+                name = f"{prefix}.{own}" if prefix else own
+                if name not in traced and not any(value is other for other in traced.values()):
+                    out[name] = value.detach().expand(n, *value.shape)
+    return out

@@ -17,14 +17,20 @@ from torch.utils import _pytree as pytree
 
 from tracin.errors import LossError
 from tracin.gradients import reference, shared
+from tracin.gradients.agreement import coarsest
 from tracin.gradients.capture import Call, Tape, recording, tensors
 from tracin.gradients.graph import Graph, walk
 from tracin.gradients.layout import Layout, candidates, owns, to_rows
 from tracin.gradients.local import CallLayout
+from tracin.gradients.movement import Mover, movers_of
 from tracin.gradients.shared import SharedSite
 from tracin.gradients.sites import LOSS, LossModule
 
 __all__ = ["Probe", "probe_rows", "refuse_mixing", "site_layouts"]
+
+
+# How far a row's loss may move with the rows around it: a share of it, and an absolute amount (both are rounding).
+MIXING = {torch.float64: (1e-8, 1e-10), torch.float32: (1e-4, 2e-5), torch.bfloat16: (0.1, 0.05)}
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class Probe:
     deltas: list[dict[tuple[str, int, int], Tensor | None]]
     truth: list[dict[str, Tensor]]
     graph: Graph
+    movers: tuple[Mover, ...]
     shared_estimates: dict[str, tuple[SharedSite, Tensor]]
     totals: list[float]
 
@@ -81,8 +88,9 @@ def probe_rows(
         more_losses = run(take([*rows, rows[0]]), [*rows, rows[0]])
     with recording(sites, everything) as back_tape:
         back_losses = run(take(rows[::-1]), rows[::-1])
-    refuse_mixing(losses, more_losses[:-1], rows)
-    refuse_mixing(losses, back_losses.flip(0), rows)
+    dtype = coarsest([losses.dtype, *(p.dtype for p in root.model.parameters())])
+    refuse_mixing(losses, more_losses[:-1], rows, dtype)
+    refuse_mixing(losses, back_losses.flip(0), rows, dtype)
     more_graph = walk(more_losses, traced)
     keys = [
         (site, at, out)
@@ -94,6 +102,7 @@ def probe_rows(
     deltas, truth = [], []
     n = len(rows)
     graph = walk(losses, traced)
+    movers = movers_of(graph, more_graph)
     shared_found = _shared_estimates(losses, graph, more_graph, traced, n)
     for row in range(n):
         found = torch.autograd.grad(losses[row], edges, retain_graph=True, allow_unused=True)
@@ -103,22 +112,23 @@ def probe_rows(
         float(torch.stack([torch.linalg.vector_norm(g) for g in row.values()]).double().norm())
         for row in truth
     ]
-    return Probe(n, losses.dtype, tape, more_tape, back_tape, deltas, truth, graph, shared_found, totals)
+    return Probe(n, dtype, tape, more_tape, back_tape, deltas, truth, graph, movers, shared_found, totals)
 
 
-def refuse_mixing(losses: Tensor, others: Tensor, rows: Sequence[int]) -> None:
+def refuse_mixing(losses: Tensor, others: Tensor, rows: Sequence[int], dtype: torch.dtype) -> None:
     """Refuse a loss of a row that changes with the rows around it.
 
     Args:
         losses: The losses of some rows.
         others: The losses of the same rows in another batch.
         rows: Their positions.
+        dtype: The least precise dtype of the arithmetic.
 
     Raises:
         LossError: They differ beyond rounding.
     """
     mine, theirs = losses.detach(), others.detach()
-    bound, rounding = {torch.float64: (1e-8, 1e-10), torch.float32: (1e-3, 2e-5)}.get(mine.dtype, (0.1, 0.05))
+    bound, rounding = MIXING.get(dtype, MIXING[torch.bfloat16])
     allowed = bound * torch.maximum(mine.abs(), 1e-3 * mine.abs().max()) + rounding
     wrong = (mine - theirs).abs() > allowed
     if bool(wrong.any()):

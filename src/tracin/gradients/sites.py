@@ -14,6 +14,7 @@ from tracin.gradients.blocks import Block
 from tracin.gradients.capture import Call
 from tracin.gradients.layout import to_rows
 from tracin.gradients.local import CallLayout
+from tracin.gradients.movement import Mover
 from tracin.gradients.rules import Rule
 from tracin.gradients.shared import SharedSite
 
@@ -68,6 +69,7 @@ class Wiring:
     unused: tuple[str, ...]
     pending: frozenset[str]
     uses: dict[str, tuple[int, int]]
+    movers: tuple[Mover, ...] = ()
     reasons: dict[str, str] = field(default_factory=dict)
 
     def sites(self) -> dict[str, nn.Module]:

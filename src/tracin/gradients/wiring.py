@@ -241,6 +241,7 @@ def wire(
         unused=tuple(unused),
         pending=frozenset(pending),
         uses=uses,
+        movers=probe.movers,
         reasons={
             name: text
             for name, text in reasons.items()

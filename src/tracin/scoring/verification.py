@@ -66,7 +66,6 @@ def verify(run: Run, rows: int = 8, seed: int = 0) -> Verification:
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     chosen = sorted(order[: max(rows, 1)].tolist())
     worst: dict[str, float] = dict.fromkeys(run.selection.traced, 0.0)
-    dtype = torch.float32
     with progress("verify", len(run.trajectory) * len(chosen), show=run.settings.progress) as bar:
         for index in range(len(run.trajectory)):
             run.load(index)
@@ -78,15 +77,14 @@ def verify(run: Run, rows: int = 8, seed: int = 0) -> Verification:
             value = to_device(batch.value, run.loaded.device)
             seen = row_checksums(batch, double=True)
             found = batch_gradients(run.train, run.keys, batch, value, run.selection.traced, keep_graph=True)
-            dtype = found.losses.dtype
             refuse_mixing(run.train, batch, found.losses, seen)
-            errors = row_errors(found, run.selection.traced, list(range(len(chosen))))
+            errors = row_errors(found, run.selection.traced, list(range(len(chosen))), run.train.dtype)
             worst = {name: max(worst[name], error) for name, error in errors.items()}
             bar.advance(len(chosen))
     return Verification(
         max_relative_error=max(worst.values(), default=0.0),
         errors=worst,
-        tolerance=tolerance(dtype),
+        tolerance=tolerance(run.train.dtype),
         rows=tuple(chosen),
         checkpoints=len(run.trajectory),
         coverage=coverage_of(run.selection, run.train.wiring, run.train.irregular),
