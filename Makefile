@@ -28,7 +28,7 @@ demo: $(DEMO_STAMP)
 	$(BIN)/tracin demo --out demo
 
 test: $(DEV_STAMP)
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term
 
 check: $(DEV_STAMP)
 	$(BIN)/ruff format --check .

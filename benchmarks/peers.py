@@ -102,7 +102,7 @@ class _CaptumLoss:
 def _captum(workload: Workload, train: Rows, queries: Rows, *, fast: bool) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from captum.influence import TracInCP
+        from captum.influence import TracInCP  # noqa: PLC0415 - its imports warn, and only this needs it
 
         method = TracInCP(
             copy.deepcopy(workload.model),

@@ -19,6 +19,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+from measure import Result, measure
+from stages import profile
+from table import lines, markdown
+from workloads import FASHION, build
+
 HERE = Path(__file__).resolve().parent
 MODELS = ("mlp", "cnn", "resnet", "gpt")
 METHODS = ("influence", "top_k", "self_influence", "vmap", "captum")
@@ -71,11 +77,6 @@ def data_option(options: argparse.Namespace) -> list[str]:
 
 def inside(options: argparse.Namespace) -> None:
     """Measure or profile one model in this process."""
-    import torch
-    from measure import measure
-    from stages import profile
-    from workloads import FASHION, build
-
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         workload = build(options.inside, Path(folder), options.data or FASHION)
@@ -101,18 +102,15 @@ def apart(options: argparse.Namespace, name: str) -> None:
     words = [sys.executable, str(HERE / "run.py"), "--inside", name, *command(options), *data_option(options)]
     words += ["--out", str(options.out), "--verb", options.verb]
     words += ["--profile", name] if options.profile else []
-    threads = str(options.threads)
-    done = subprocess.run(
-        words, env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}, check=False
-    )
+    # Waiting threads sleep: where other processes share the cores, spinning ones make the times erratic.
+    threads = {"OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads)}
+    done = subprocess.run(words, env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **threads}, check=False)
     if done.returncode:
         raise SystemExit(done.returncode)
 
 
-def collected(folder: Path, names: tuple[str, ...] | list[str]) -> list:
+def collected(folder: Path, names: tuple[str, ...] | list[str]) -> list[Result]:
     """The results that lie in the folder, in the order of ``names``."""
-    from measure import Result
-
     found = []
     for name in names:
         path = folder / f"{name}.json"
@@ -131,8 +129,6 @@ def main() -> None:
     if options.profile:
         apart(options, options.profile)
         return
-    from table import lines, markdown
-
     for name in options.models:
         apart(options, name)
         for result in collected(options.out, [name]):

@@ -131,9 +131,11 @@ def profile(workload: Workload, verb: str, rounds: int, clock: str) -> list[str]
             totals.append(timed(run, now)[0])
         clocks.append(found)
     floor, total = statistics.median(passes), statistics.median(totals)
+    head = (
+        f"{workload.case.title}, {verb}: {total:.3f} s, plain pass {floor:.3f} s, ratio {total / floor:.2f}"
+    )
     return [
-        f"{workload.case.title}, {verb}: {total:.3f} s, plain pass {floor:.3f} s, ratio {total / floor:.2f} "
-        f"({rounds} rounds, {clock} seconds)",
+        f"{head} ({rounds} rounds, {clock} seconds)",
         *_listed("stages of the plain pass", plain, PLAIN, floor, floor),
         *_listed(f"stages of {verb}", clocks, STAGES, total, floor),
     ]

@@ -52,22 +52,24 @@ def lines(result: Result) -> list[str]:
 
 INTRODUCTION = """# Speed
 
-`make bench` writes this page's numbers. Each is the median over rounds in which every method ran once, in turn, in one process; the ratio is
-to the plain pass **of the same round**, and the range is the smallest and largest of these ratios.
+`make bench` writes the numbers, and `python benchmarks/run.py --write-docs` this page. Each is the median over rounds in
+which every method ran once, in turn, in one process; the ratio is to the plain pass **of the same round**, and the range is
+the smallest and the largest of these ratios.
 
-- **One plain pass**: load each checkpoint; forward and backward with the parameters' gradients, over all train and query rows. No method
-  that uses gradients can do with less, up to the weight gradients, which factored products never form.
-- **Error**: max |Δ| / max |score| against autograd in float64, one row at a time, on 8 train rows × 4 queries over all checkpoints;
-  for `top_k` on the list of one query, for `self_influence` on the 8 rows. A float32 method cannot do much better than 1e-6.
+- **One plain pass**: load each checkpoint; forward and backward with the parameters' gradients, over all train and query
+  rows. A method that uses gradients needs at least this, up to the weight gradients, which factored products never form.
+- **Error**: max |Δ| / max |score| against autograd in float64, one row at a time, on 8 train rows × 4 queries over all
+  checkpoints; for `top_k` on the list of one query, for `self_influence` on the 8 rows. Float32 allows about 1e-6.
 - `self_influence` reads no queries: its floor is the pass over the train rows alone.
-- A method slower than the patience of the run is timed once, after the plain pass was warm.
+- A method slower than the patience of the run is timed once; its ratio is to the median pass.
 """
 
 
 def machine_line(result: Result) -> str:
     facts = result.machine
     return (
-        f"{facts['threads']} threads of {facts['cpus']} CPUs ({facts['processor']}, {facts['vectors']}), {facts['system']}, "
+        f"{facts['threads']} thread{'s' if facts['threads'] != 1 else ''} of {facts['cpus']} CPUs "
+        f"({facts['processor']}, {facts['vectors']}), {facts['clock']} seconds, {facts['system']}, "
         f"Python {facts['python']}, torch {facts['torch']}, tracin {facts['tracin']}."
     )
 

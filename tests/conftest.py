@@ -6,6 +6,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Small models run faster on one thread, and the workers share the cores.
+torch.set_num_threads(1)
+
 settings.register_profile("tracin", deadline=None, print_blob=True)
 settings.load_profile("tracin")
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,51 +62,59 @@ def gradients(
     Raises:
         RuntimeError: vmap cannot run the module (data-dependent control flow, an operation without a rule).
     """
-    leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
-    at_tensor = [at for at, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    by_row: dict[int, Layout] = {
-        at: lay for at, lay in zip(at_tensor, layout.inputs, strict=True) if lay is not None
-    }
-    used = [at for at, delta in enumerate(deltas) if delta is not None]
+    used = tuple(at for at, delta in enumerate(deltas) if delta is not None)
     if not used:
         return {name: value.new_zeros(n, *value.shape) for name, value in parameters.items()}
-    inputs = [to_rows(leaves[at], lay, n) for at, lay in by_row.items()]
+    one_row = _OneRow(module, call, layout, used)
+    inputs = [to_rows(one_row.leaves[at], lay, n) for at, lay in one_row.by_row.items()]
     cotangents = [to_rows(delta, layout.outputs[at], n) for at in used if (delta := deltas[at]) is not None]
-
-    def pull(
-        expanded: dict[str, Tensor],
-        others: dict[str, Tensor],
-        row_inputs: list[Tensor],
-        row_cotangents: list[Tensor],
-    ) -> dict[str, Tensor]:
-        filled: list[Any] = list(leaves)
-        for (at, lay), value in zip(by_row.items(), row_inputs, strict=True):
-            filled[at] = from_rows(value, lay)
-        args, kwargs = pytree.tree_unflatten(filled, spec)
-
-        def forward(values: dict[str, Tensor]) -> tuple[Tensor, ...]:
-            outputs = pytree.tree_leaves(functional_call(module, {**others, **values}, args, kwargs))
-            return tuple(outputs[call.positions[at]] for at in used)
-
-        outputs, pullback, *_ = vjp(forward, expanded)
-        fitted = tuple(
-            from_rows(value, layout.outputs[at]) for at, value in zip(used, row_cotangents, strict=True)
-        )
-        if any(value.shape != output.shape for value, output in zip(fitted, outputs, strict=True)):
-            raise RuntimeError("the module makes another shape for a row alone")
-        return pullback(tuple(value.to(output.dtype) for value, output in zip(fitted, outputs, strict=True)))[
-            0
-        ]
-
     expanded = {name: value.detach().expand(n, *value.shape) for name, value in parameters.items()}
     others = _recurrent(module, parameters, n)
     chunk = max(1, CHUNK // max(1, sum(value.numel() for value in parameters.values())))
     with torch.no_grad(), warnings.catch_warnings():
         # vmap falls back to a loop for operations without a batching rule: slow, exact, and reported by the coverage.
         warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-        return vmap(pull, in_dims=(0, 0, 0, 0), chunk_size=min(chunk, n))(
-            expanded, others, inputs, cotangents
-        )
+        in_rows = vmap(one_row.pull, in_dims=(0, 0, 0, 0), chunk_size=min(chunk, n))
+        return in_rows(expanded, others, inputs, cotangents)
+
+
+class _OneRow:
+    """The vector-Jacobian product of a module's call for one row."""
+
+    def __init__(self, module: nn.Module, call: Call, layout: CallLayout, used: tuple[int, ...]) -> None:
+        self.leaves, self._spec = pytree.tree_flatten((call.args, call.kwargs))
+        at_tensor = [at for at, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
+        pairs = zip(at_tensor, layout.inputs, strict=True)
+        self.by_row: dict[int, Layout] = {at: lay for at, lay in pairs if lay is not None}
+        self._module = module
+        self._outputs = [layout.outputs[at] for at in used]
+        self._positions = [call.positions[at] for at in used]
+
+    def forward(
+        self, others: dict[str, Tensor], args: tuple, kwargs: dict[str, Any], values: dict[str, Tensor]
+    ) -> tuple[Tensor, ...]:
+        """The recorded outputs as a function of the parameters."""
+        outputs = pytree.tree_leaves(functional_call(self._module, {**others, **values}, args, kwargs))
+        return tuple(outputs[position] for position in self._positions)
+
+    def pull(
+        self,
+        expanded: dict[str, Tensor],
+        others: dict[str, Tensor],
+        row_inputs: list[Tensor],
+        row_cotangents: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """The gradient of each parameter for this row."""
+        filled: list[Any] = list(self.leaves)
+        for (at, lay), value in zip(self.by_row.items(), row_inputs, strict=True):
+            filled[at] = from_rows(value, lay)
+        args, kwargs = pytree.tree_unflatten(filled, self._spec)
+        outputs, pullback, *_ = vjp(partial(self.forward, others, args, kwargs), expanded)
+        pairs = zip(row_cotangents, self._outputs, outputs, strict=True)
+        fitted = tuple(from_rows(value, lay).to(output.dtype) for value, lay, output in pairs)
+        if any(value.shape != output.shape for value, output in zip(fitted, outputs, strict=True)):
+            raise RuntimeError("the module makes another shape for a row alone")
+        return pullback(fitted)[0]
 
 
 def _recurrent(module: nn.Module, traced: Mapping[str, Tensor], n: int) -> dict[str, Tensor]:

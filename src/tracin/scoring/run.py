@@ -137,7 +137,7 @@ class Run:
         n = len(source.rows)
         rows = sorted({0, n // 2, n - 1})
         try:
-            source.found = wire(source.root, self.selection.traced, source.run, _steady(source), rows)
+            source.found = wire(source.root, self.selection.traced, source.run, _Steady(source), rows)
         except LossError:
             first = next(iter(source.rows.batches()))  # the user's own batch says more than the probe's
             source.run(to_device(first.value, source.device), first.rows)
@@ -203,22 +203,24 @@ class Run:
         return tuple(self.rates[name] for name in names)
 
 
-def _steady(source: Source) -> Callable[[Sequence[int]], Any]:
+class _Steady:
     """``source.take``, refusing a row that comes back different when it is read again."""
-    seen: dict[int, Tensor] = {}
 
-    def take(rows: Sequence[int]) -> Any:
-        value = source.rows.take(rows)
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._seen: dict[int, Tensor] = {}
+
+    def __call__(self, rows: Sequence[int]) -> Any:
+        """A batch of these rows on the device."""
+        value = self._source.rows.take(rows)
         found = row_checksums(Batch(rows, value), double=True)
-        for at, row in enumerate(rows if found is not None else ()):
-            if found is not None and not bool(same_checksums(found[at], seen.setdefault(row, found[at]))):
+        for row, mine in zip(rows, found if found is not None else (), strict=found is not None):
+            if not bool(same_checksums(mine, self._seen.setdefault(row, mine))):
                 raise DataError(
-                    f"{source.rows.name}: row {row} came back different when it was read again. Turn off augmentation and "
-                    "other randomness in the dataset for tracing."
+                    f"{self._source.rows.name}: row {row} came back different when it was read again. Turn off "
+                    "augmentation and other randomness in the dataset for tracing."
                 )
-        return to_device(value, source.device)
-
-    return take
+        return to_device(value, self._source.device)
 
 
 def products(
