@@ -40,7 +40,7 @@ def natural_key(name: str) -> tuple[Any, ...]:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Trajectory(Sequence[Checkpoint]):
-    r"""The checkpoints :math:`\theta_1 … \theta_c` of a training run, over which TracIn sums. A sequence.
+    r"""The checkpoints :math:`\theta_1, \theta_2, \ldots` of a training run, over which TracIn sums. A sequence.
 
     Args:
         checkpoints: In the order of training.
