@@ -131,3 +131,9 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(ResultError, match=r"cannot write .*a\.safetensors.*Choose a folder"):
         write_tensors(tmp_path / "file" / "a.safetensors", {}, {}, error=ResultError)
     assert everything(tmp_path) == ["file"]
+
+
+def test_files_have_the_mode_that_the_umask_allows(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    write_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)}, {}, ResultError)
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +48,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{PARTIAL}{secrets.token_hex(8)}{path.suffix}")
     try:
+        partial.touch()
+        mode = stat.S_IMODE(partial.stat().st_mode)  # what the user's umask allows; safetensors would make it 0600
+        partial.unlink()
         yield partial
+        partial.chmod(mode)
         _flush(partial)
         partial.replace(path)
     finally:

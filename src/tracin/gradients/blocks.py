@@ -282,11 +282,16 @@ class Rows:
         return torch.cat(parts).clamp_min(0.0)
 
     def materialise(self) -> Float[Tensor, "n p"]:
+        values = self.d.new_zeros(len(self), self.size)
+        self.add_to(values)
+        return values
+
+    def add_to(self, values: Float[Tensor, "n p"]) -> None:
+        """Add the touched rows to gradients that are multiplied out, in place."""
         n, t, o = self.d.shape
-        table = self.d.new_zeros(n * self.length, o)
         offset = torch.arange(n, device=self.index.device)[:, None] * self.length
+        table = values.view(n * self.length, o)
         table.index_add_(0, (self.index + offset).reshape(-1), self.d.reshape(n * t, o))
-        return table.view(n, -1)
 
     def total(self) -> Float[Tensor, " p"]:
         table = self.d.new_zeros(self.length, self.d.shape[2])
@@ -324,9 +329,16 @@ class Sum:
         return _squared_norm_in_tiles(self)
 
     def materialise(self) -> Float[Tensor, "n p"]:
-        total = self.parts[0].materialise()
-        for part in self.parts[1:]:
-            total = total + part.materialise()
+        tables = [part for part in self.parts if isinstance(part, Rows)]
+        others = [part for part in self.parts if not isinstance(part, Rows)]
+        first = others.pop() if others else tables.pop()
+        total = first.materialise()
+        if isinstance(first, Dense):
+            total = total.clone()
+        for part in others:
+            total += part.materialise()
+        for table in tables:
+            table.add_to(total)
         return total
 
     def total(self) -> Float[Tensor, " p"]:
