@@ -25,6 +25,7 @@ import tracin
 __all__ = ["CLOCKS", "Measured", "Result", "measure"]
 
 K = 10
+PEERS = frozenset({"vmap", "captum"})
 # On a machine whose cores are shared, CPU seconds with one thread are steadier than the clock on the wall.
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -152,7 +153,7 @@ def warm_up(
 
     Args:
         runs: Label → one run; ``"pass"`` comes first.
-        patience: A method that takes longer than this many seconds is measured by this run alone.
+        patience: A peer that takes longer than this many seconds is measured by this run alone.
         clock: One of ``CLOCKS``.
 
     Returns:
@@ -166,14 +167,11 @@ def warm_up(
         try:
             seconds, results[label] = timed(run, clock)
         except Exception as error:
-            if label in {
-                "vmap",
-                "captum",
-            }:  # a peer that cannot run this model is a finding, told in the table
+            if label in PEERS:  # a peer that cannot run this model is a finding, told in the table
                 found[label].note = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
                 continue
             raise
-        if seconds > patience and label not in {"pass", "influence"}:
+        if seconds > patience and label in PEERS:
             slow[label] = seconds
     return found, results, slow
 
@@ -186,7 +184,7 @@ def measure(
     Args:
         workload: Model, rows and checkpoints.
         rounds: Rounds that are counted.
-        patience: Seconds above which a method is run once.
+        patience: Seconds above which a peer is run once.
         threads: Threads of torch, already set.
         wanted: Labels to run beside the plain pass.
         clock: ``"wall"`` or ``"cpu"``.

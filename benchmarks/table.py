@@ -61,7 +61,7 @@ the smallest and the largest of these ratios.
 - **Error**: max |Δ| / max |score| against autograd in float64, one row at a time, on 8 train rows × 4 queries over all
   checkpoints; for `top_k` on the list of one query, for `self_influence` on the 8 rows. Float32 allows about 1e-6.
 - `self_influence` reads no queries: its floor is the pass over the train rows alone.
-- A method slower than the patience of the run is timed once; its ratio is to the median pass.
+- A peer slower than the patience of the run is timed once; its ratio is to the median pass.
 """
 
 

@@ -24,7 +24,16 @@ from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, def
 
 from tracin.errors import DataError, OptionError, TracinError, UserCodeError
 
-__all__ = ["Batch", "RowSource", "open_rows", "row_checksums", "same_checksums", "to_device", "user_code"]
+__all__ = [
+    "Batch",
+    "RowSource",
+    "describe_rows",
+    "open_rows",
+    "row_checksums",
+    "same_checksums",
+    "to_device",
+    "user_code",
+]
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,7 @@ class RowSource(Protocol):
 
     name: str
     sizes: Sequence[int]
+    collates: bool  # whether the user's own function makes the batches, which may reorder their rows
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -114,6 +124,8 @@ def _starts(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
 class _TensorRows:
     """A pytree of tensors that share their first dimension."""
 
+    collates = False
+
     def __init__(self, value: Any, batch_size: int, name: str) -> None:
         self.name = name
         paths, self._spec = pytree.tree_flatten_with_path(value)
@@ -160,6 +172,7 @@ class _DatasetRows:
 
     def __init__(self, dataset: Any, sizes: Sequence[int], collate: Callable[[list], Any], name: str) -> None:
         self.name, self.sizes, self._dataset, self._collate = name, sizes, dataset, collate
+        self.collates = collate is not default_collate
         self._n = sum(sizes)
 
     def __len__(self) -> int:
@@ -255,7 +268,7 @@ def open_rows(
 
     Raises:
         DataError: Empty, unequal lengths, a shuffled or random loader, ``drop_last``, an iterable dataset.
-        OptionError: ``batch_size`` is not a positive whole number.
+        OptionError: ``batch_size`` is not a positive whole number, or ``collate`` is no function.
 
     Example:
         >>> rows = open_rows((torch.zeros(5, 2), torch.arange(5)), name="train", batch_size=2)
@@ -265,6 +278,8 @@ def open_rows(
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise OptionError(f"batch_size is {batch_size!r}: give a whole number of rows, at least 1.")
     rows: RowSource
+    if collate is not None and not callable(collate):
+        raise OptionError(f"collate is a {type(collate).__name__}, not a function of a list of rows.")
     if isinstance(data, DataLoader):
         rows = _LoaderRows(data, _loader_sizes(data, name), name)
     elif isinstance(data, IterableDataset):

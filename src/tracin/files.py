@@ -49,7 +49,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     partial = path.with_name(f"{PARTIAL}{secrets.token_hex(8)}{path.suffix}")
     try:
         partial.touch()
-        mode = stat.S_IMODE(partial.stat().st_mode)  # what the user's umask allows; safetensors would make it 0600
+        mode = stat.S_IMODE(
+            partial.stat().st_mode
+        )  # what the user's umask allows; safetensors would make it 0600
         partial.unlink()
         yield partial
         partial.chmod(mode)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tracin.data import Batch, row_checksums, same_checksums
-from tracin.errors import DataError
+from tracin.errors import DataError, LossError
 from tracin.gradients import reference
 from tracin.gradients.agreement import relative_error, tolerance
 from tracin.gradients.engine import BatchGradients, Keys, Source, batch_gradients
@@ -185,7 +185,14 @@ def _demoted(wiring: Wiring, errors: Mapping[str, float]) -> Wiring:
 
 
 def checked_gradients(
-    source: Source, keys: Keys, batch: Batch, value: object, traced: Mapping[str, nn.Parameter], first: bool
+    source: Source,
+    keys: Keys,
+    batch: Batch,
+    value: object,
+    traced: Mapping[str, nn.Parameter],
+    first: bool,
+    *,
+    keep_graph: bool = False,
 ) -> BatchGradients:
     """A batch's gradients, checked against autograd where this batch is the first, or where a parameter is unchecked.
 
@@ -196,6 +203,7 @@ def checked_gradients(
         value: The batch itself, on the device.
         traced: Parameters by name.
         first: Whether this is the first batch of the source in this run.
+        keep_graph: Keep the graph of the losses.
 
     Returns:
         The gradients.
@@ -207,7 +215,7 @@ def checked_gradients(
     names = set(traced)
     if not first:
         pending = {name: traced[name] for name in wiring.pending}
-        found = batch_gradients(source, keys, batch, value, traced, against=pending)
+        found = batch_gradients(source, keys, batch, value, traced, against=pending, keep_graph=keep_graph)
         if found.in_place and not any(bool(gradient.any()) for gradient in found.truth.values()):
             return found
         value = source.take(batch.rows)  # the model may have written into the batch
@@ -227,7 +235,14 @@ def checked_gradients(
         & (source.wiring.pending | (names if first else set())) - set(source.wiring.unused),
     )
     if not failed:
-        return BatchGradients(found.losses.detach(), found.blocks)
+        return found if keep_graph else BatchGradients(found.losses.detach(), found.blocks)
+    alone = {name: error for name, error in failed.items() if name in source.wiring.by_row}
+    if alone:
+        name, error = max(alone.items(), key=lambda item: item[1])
+        raise LossError(
+            f"the gradient of a row for {name} depends on the rows around it (off by {error:.1e} in a batch, {source.where}): "
+            "the loss or the model mixes rows, perhaps through a term whose value cancels. A gradient per row does not exist."
+        )
     source.found = _demoted(source.wiring, failed)
     logger.warning(
         "%s went to the row-by-row route (%s): %s",
@@ -235,4 +250,5 @@ def checked_gradients(
         source.rows.name,
         "; ".join(source.wiring.reasons[name] for name in failed),
     )
-    return batch_gradients(source, keys, batch, source.take(batch.rows), traced)
+    again = source.take(batch.rows)
+    return batch_gradients(source, keys, batch, again, traced, keep_graph=keep_graph)

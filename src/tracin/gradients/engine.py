@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tracin.data import Batch, RowSource, to_device
 from tracin.errors import NotFiniteError
 from tracin.gradients import reference, shared
-from tracin.gradients.agreement import accumulation_dtype, coarsest
+from tracin.gradients.agreement import accumulation_dtype
 from tracin.gradients.backward import Output, backward, marked_nodes
 from tracin.gradients.blocks import Block, Dense, Outer, Rows, Sum
 from tracin.gradients.capture import Call, Tape, recording, tensors
@@ -74,12 +74,12 @@ class Source:
     device: torch.device
     where: str = ""
     found: Wiring | None = None
-    irregular: Counter[str] = field(default_factory=Counter)
+    irregular: dict[str, set[int]] = field(default_factory=dict)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The least precise dtype among the model's parameters, which bounds how exact its gradients are."""
-        return coarsest(parameter.dtype for parameter in self.root.model.parameters())
+        """The least precise dtype of the arithmetic, which bounds how exact gradients can be."""
+        return self.wiring.dtype
 
     @property
     def wiring(self) -> Wiring:
@@ -87,6 +87,11 @@ class Source:
         if self.found is None:
             raise RuntimeError(f"{self.rows.name} were not wired yet")
         return self.found
+
+    def went_by_row(self, names: set[str], rows: Sequence[int]) -> None:
+        """Note the rows for which parameters went one by one, though their route is another."""
+        for name in names:
+            self.irregular.setdefault(name, set()).update(rows)
 
     def run(self, value: object, rows: Sequence[int]) -> Tensor:
         """The losses of a batch, held to the contract."""
@@ -308,14 +313,16 @@ def batch_gradients(
     met = {name: shared.meetings(site, graph, batch.size) for name, site in wiring.shared.items()}
     irregular |= {name for name, found in met.items() if found is None}
     places = {name: found for name, found in met.items() if found is not None}
-    source.irregular.update(dict.fromkeys(irregular, batch.size))
+    source.went_by_row(irregular, batch.rows)
     slow = irregular | set(wiring.by_row)
     slow |= {name for pair in keys.fused if set(pair) & slow for name in pair}
-    stay = in_place(wiring.movers, graph)  # before the backward pass frees what the operations saved
+    stay = wiring.plain_rows and in_place(
+        wiring.movers, graph
+    )  # before the backward pass frees what the operations saved
     collector = _Collector(wiring, keys, tape, batch.size, slow)
     back = backward(losses, graph, marked, places, collector.receive, against or {}, keep_graph)
     blocks, failed = collector.blocks(traced)
-    source.irregular.update(dict.fromkeys(failed, batch.size))
+    source.went_by_row(failed, batch.rows)
     blocks |= _shared_blocks(graph, places, back.places, batch.size, traced)
     by_row = _by_row_blocks(source, keys, batch, slow | failed, traced)
     _refuse_not_finite(blocks | by_row, batch, source.where)

@@ -16,23 +16,30 @@ __all__ = ["MOVERS", "Graph", "walk"]
 MOVERS = frozenset(
     f"{name}Backward{version}"
     for name in (
-        "Flip",
-        "Gather",
-        "Index",
-        "IndexAdd",
-        "IndexCopy",
-        "IndexPut",
-        "IndexSelect",
-        "MaskedScatter",
-        "MaskedSelect",
-        "Put",
-        "Roll",
-        "Scatter",
-        "ScatterAdd",
-        "ScatterReduce",
-        "Sort",
-        "Take",
-        "Topk",
+        *("Addmm", "Baddbmm", "Bmm", "Mm", "Mv"),
+        *("Cat", "Embedding", "Select", "Slice", "Split", "SplitWithSizes", "Stack", "Unbind"),
+        *(
+            "Flip",
+            "Gather",
+            "Index",
+            "IndexAdd",
+            "IndexCopy",
+            "IndexPut",
+            "IndexSelect",
+            "Put",
+            "Roll",
+            "Sort",
+        ),
+        *(
+            "MaskedScatter",
+            "MaskedSelect",
+            "Scatter",
+            "ScatterAdd",
+            "ScatterReduce",
+            "SegmentReduce",
+            "Take",
+            "Topk",
+        ),
     )
     for version in (0, 1)
 )

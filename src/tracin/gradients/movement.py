@@ -1,8 +1,8 @@
 """Does a model move rows? Then a batch can put them in another order than the probe's did, and is checked by itself.
 
-An operation such as ``gather`` or ``flip`` along another axis than the rows' leaves each row in its place. An index
-that names every row in order (``x[torch.arange(n), last]``) does too, but its values are looked at in each batch.
-Anything else may move rows.
+An operation such as ``gather``, ``flip`` or ``cat`` along another axis than the rows' leaves each row in its place, and
+so does a matrix product that does not sum over rows. An index that names every row in order (``x[torch.arange(n), last]``)
+does too, but its values are looked at in each batch. Anything else may move rows.
 """
 
 from __future__ import annotations
@@ -11,16 +11,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tracin.gradients.graph import Graph
 
 __all__ = ["Mover", "in_place", "movers_of"]
 
 
+# Matrix products: the axis, counted from the right, that each differentiable input is summed over.
+CONTRACTED = {
+    "MmBackward0": (-1, -2),
+    "BmmBackward0": (-1, -2),
+    "AddmmBackward0": (None, -1, -2),
+    "BaddbmmBackward0": (None, -1, -2),
+    "MvBackward0": (-1, -1),
+}
+
+
 @dataclass(frozen=True)
 class Mover:
-    """An operation that can move rows: the row axes of its input, None where they were not seen."""
+    """An operation that can move rows: the row axes of the tensor that it works along, None where it moves them."""
 
     operation: str
     row_axes: frozenset[int] | None
@@ -41,11 +50,23 @@ def movers_of(few: Graph, more: Graph) -> tuple[Mover, ...]:
 
 
 def _mover(node: Any, twin: Any) -> Mover:
-    shape, other = _input_shape(node), None if twin is None else _input_shape(twin)
-    if type(node) is not type(twin) or shape is None or other is None or len(shape) != len(other):
-        return Mover(type(node).__name__, None)
-    row_axes = frozenset(axis for axis, (a, b) in enumerate(zip(shape, other, strict=True)) if a != b)
-    return Mover(type(node).__name__, row_axes)
+    operation = type(node).__name__
+    if type(node) is not type(twin):
+        return Mover(operation, None)
+    if operation in CONTRACTED:
+        pairs = zip(_input_shapes(node), _input_shapes(twin), strict=True)
+        grown = [_grown(few, more) for few, more in pairs]
+        axes = zip(grown, CONTRACTED[operation], strict=True)
+        return Mover(operation, None if any(axis in found for found, axis in axes if axis) else frozenset())
+    return Mover(operation, frozenset(_grown(_shape(node), _shape(twin), from_left=True)))
+
+
+def _grown(few: tuple[int, ...] | None, more: tuple[int, ...] | None, *, from_left: bool = False) -> set[int]:
+    """Axes whose length differs, counted from the right unless asked otherwise."""
+    if few is None or more is None:
+        return set()
+    offset = 0 if from_left else len(few)
+    return {axis - offset for axis, (a, b) in enumerate(zip(few, more, strict=False)) if a != b}
 
 
 def in_place(movers: tuple[Mover, ...], graph: Graph) -> bool:
@@ -64,9 +85,9 @@ def in_place(movers: tuple[Mover, ...], graph: Graph) -> bool:
 
 
 def _stays(mover: Mover, node: Any) -> bool:
-    shape = _input_shape(node)
-    if mover.row_axes is None or shape is None:
-        return False
+    if mover.row_axes is None or not mover.row_axes:
+        return mover.row_axes is not None
+    shape = _shape(node)
     indices = getattr(node, "_saved_indices", None)
     if isinstance(indices, tuple | list):
         return all(
@@ -76,18 +97,30 @@ def _stays(mover: Mover, node: Any) -> bool:
     if axes is None:
         return False
     listed = axes if isinstance(axes, tuple | list) else (axes,)
-    return not mover.row_axes & {_axis(axis, len(shape)) for axis in listed}
+    moved = mover.row_axes & {_axis(axis, len(shape)) for axis in listed}
+    return not moved or _whole_slice(node, shape, moved)
 
 
-def _input_shape(node: Any) -> tuple[int, ...] | None:
-    for name in ("_saved_self_sym_sizes", "_saved_self"):
-        found = getattr(node, name, None)
-        if isinstance(found, Tensor):
-            return tuple(found.shape)
-        if found is not None:
-            return tuple(found)
-    kept_shape = type(node).__name__.startswith(("Flip", "Roll", "Sort"))
-    return tuple(node._input_metadata[0].shape) if kept_shape else None
+def _whole_slice(node: Any, shape: tuple[int, ...], axes: frozenset[int]) -> bool:
+    if not hasattr(node, "_saved_step"):
+        return False
+    (axis,) = axes
+    return node._saved_start == 0 and node._saved_end >= shape[axis] and node._saved_step == 1
+
+
+def _shape(node: Any) -> tuple[int, ...]:
+    """Shape of the tensor along whose axes the operation works: its result where it joins tensors, else its input."""
+    if type(node).__name__.startswith(("Cat", "Stack")):
+        return tuple(node._input_metadata[0].shape)
+    return next(shape for shape in _input_shapes(node) if shape is not None)
+
+
+def _input_shapes(node: Any) -> list[tuple[int, ...] | None]:
+    """Shapes of the inputs that have a gradient; None for the others."""
+    return [
+        None if producer is None else tuple(producer._input_metadata[number].shape)
+        for producer, number in node.next_functions
+    ]
 
 
 def _axis(axis: int, dims: int) -> int:

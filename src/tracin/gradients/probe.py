@@ -108,6 +108,7 @@ def probe_rows(
         found = torch.autograd.grad(losses[row], edges, retain_graph=True, allow_unused=True)
         deltas.append(dict(zip(keys, found, strict=True)))
         truth.append(reference.in_graph(losses, traced, row))
+    dtype = coarsest([dtype, *(d.dtype for row in deltas for d in row.values() if d is not None)])
     totals = [
         float(torch.stack([torch.linalg.vector_norm(g) for g in row.values()]).double().norm())
         for row in truth

@@ -10,6 +10,7 @@ The query's representation decides the route: against a ``Dense`` query the trai
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from tracin.gradients.blocks import Block, Convolution, Dense, Outer, Rows, Sum, tiles
 from tracin.shapes import Float
 
-__all__ = ["concatenate", "dot", "held"]
+__all__ = ["concatenate", "dot", "held", "widened"]
 
 
 def dot(train: Block, queries: Block) -> Float[Tensor, "n m"]:
@@ -89,6 +90,17 @@ def _dot_gathered(train: Rows, queries: Dense) -> Float[Tensor, "n m"]:
         d = train.d[start:stop].reshape(-1, o, 1)
         parts.append(torch.bmm(gathered, d).view(stop - start, t, m).sum(1))
     return torch.cat(parts)
+
+
+def widened(block: Block) -> Block:
+    """The gradients in float64, in which the square of a tiny float32 gradient does not vanish."""
+    if isinstance(block, Outer):
+        return replace(block, a=block.a.double(), d=block.d.double())
+    if isinstance(block, Rows):
+        return replace(block, d=block.d.double())
+    if isinstance(block, Sum):
+        return Sum(tuple(widened(part) for part in block.parts))
+    return Dense(block.materialise().double(), block.splits if isinstance(block, Dense) else None)
 
 
 def held(block: Block, train_rows: int, train_uses: int | None = None) -> Block:

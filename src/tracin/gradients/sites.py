@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tracin.gradients import local
@@ -60,7 +61,11 @@ class LocalSite:
 
 @dataclass(frozen=True)
 class Wiring:
-    """Routes of one loss over one data source."""
+    """Routes of one loss over one data source.
+
+    ``plain_rows`` says that every tensor of a batch has one entry per row on its row axis, ``dtype`` is the least precise
+    dtype of the arithmetic that was seen.
+    """
 
     rules: dict[str, RuleSite]
     shared: dict[str, SharedSite]
@@ -70,6 +75,8 @@ class Wiring:
     pending: frozenset[str]
     uses: dict[str, tuple[int, int]]
     movers: tuple[Mover, ...] = ()
+    plain_rows: bool = True
+    dtype: torch.dtype = torch.float32
     reasons: dict[str, str] = field(default_factory=dict)
 
     def sites(self) -> dict[str, nn.Module]:

@@ -166,6 +166,12 @@ def _settle_locals(
     return settled, by_row, reasons
 
 
+def _plain_rows(probe: Probe) -> bool:
+    """Whether each tensor of the batch has a row axis with one entry per row, or none: a graph's nodes have not."""
+    layouts = site_layouts(probe, LOSS, probe.n + 1)
+    return layouts is not None and all(lay is None or lay.per_row == 1 for c in layouts for lay in c.inputs)
+
+
 def wire(
     root: LossModule,
     traced: Mapping[str, nn.Parameter],
@@ -242,6 +248,8 @@ def wire(
         pending=frozenset(pending),
         uses=uses,
         movers=probe.movers,
+        plain_rows=_plain_rows(probe),
+        dtype=probe.dtype,
         reasons={
             name: text
             for name, text in reasons.items()

@@ -91,6 +91,13 @@ class TracInCP:
             raise OptionError(f"TracInCP: weighting is {weighting!r}. Choose one of {', '.join(WEIGHTINGS)}.")
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise OptionError(f"batch_size is {batch_size!r}: give a whole number of rows, at least 1.")
+        for name, value in (("normalize", normalize), ("progress", progress)):
+            if not isinstance(value, bool):
+                raise OptionError(f"TracInCP: {name} is {value!r}. Give True or False.")
+        if collate is not None and not callable(collate):
+            raise OptionError(
+                f"TracInCP: collate is a {type(collate).__name__}, not a function of a list of rows."
+            )
         self.task, self.trajectory = task, trajectory
         self.settings = Settings(
             weighting, normalize, batch_size, collate, device, parse_memory(memory), progress
@@ -177,7 +184,12 @@ class TracInCP:
 
         Returns:
             Errors and coverage.
+
+        Raises:
+            OptionError: ``rows`` is not a positive whole number.
         """
+        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+            raise OptionError(f"verify: rows is {rows!r}. Give a whole number, at least 1.")
         with opened(self.task, self.trajectory, self.settings, train) as run:
             return verify(run, rows, seed)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +64,9 @@ class Coverage:
         return f"{self.fraction:.1%} of {sum(r.entries for r in self.table):,} parameters traced: {', '.join(parts)}"
 
 
-def coverage_of(selection: Selection, wiring: Wiring, irregular: Mapping[str, int] | None = None) -> Coverage:
+def coverage_of(
+    selection: Selection, wiring: Wiring, irregular: Mapping[str, Collection[int]] | None = None
+) -> Coverage:
     """The coverage of a run.
 
     Args:
@@ -81,7 +83,7 @@ def coverage_of(selection: Selection, wiring: Wiring, irregular: Mapping[str, in
         route = wiring.route(name)
         reason = wiring.reasons.get(name, "")
         if irregular and irregular.get(name):
-            reason = f"{reason}; {irregular[name]} rows went one by one".lstrip("; ")
+            reason = f"{reason}; {len(irregular[name])} rows went one by one".lstrip("; ")
         entries.append((name, parameter, route != "unused", route, reason))
     entries += [(name, p, False, "frozen", "requires_grad is False") for name, p in selection.frozen.items()]
     entries += [

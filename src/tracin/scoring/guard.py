@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +72,8 @@ def device_of(model: nn.Module, device: str | torch.device) -> torch.device:
         OptionError: There is no such device.
     """
     if device != "auto":
+        if str(device) == "meta":
+            raise OptionError("device 'meta' holds no numbers. Choose 'cpu' or an accelerator.")
         try:
             return torch.empty(0, device=device).device
         except (RuntimeError, AssertionError) as error:
@@ -89,6 +93,16 @@ def refuse_mixing_layers(model: nn.Module) -> None:
     Raises:
         ModelError: Batch norm without running statistics, an embedding whose gradient depends on the batch, or TorchScript.
     """
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.UninitializedParameter) or parameter.is_meta:
+            what = (
+                "was not initialised"
+                if isinstance(parameter, nn.UninitializedParameter)
+                else "is on the meta device"
+            )
+            raise ModelError(
+                f"the parameter {name} {what}, so it holds no numbers. Run the model once, or build it on a real device."
+            )
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise ModelError(
@@ -176,7 +190,7 @@ def _eager() -> Iterator[None]:
 
 @contextmanager
 def guarded(model: nn.Module, device: str | torch.device = "auto") -> Iterator[LoadedModel]:
-    """The model in eval mode on ``device``, given back bit-identical.
+    """The model in eval mode on ``device``, given back bit-identical; another thread that asks for it waits.
 
     Args:
         model: The user's model.
@@ -188,19 +202,31 @@ def guarded(model: nn.Module, device: str | torch.device = "auto") -> Iterator[L
     Raises:
         ModelError: A layer mixes rows in eval mode.
     """
-    refuse_mixing_layers(model)
-    target = device_of(model, device)
-    snapshot, seeds = _Snapshot(model), _seeds()
-    cudnn = torch.backends.cudnn.enabled
-    try:
-        working = _working_copies(model, target)
-        model.eval()
-        # cuDNN's recurrent layers have no backward pass in eval mode.
-        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-            torch.backends.cudnn.enabled = False
-        with _eager(), torch.inference_mode(False), torch.enable_grad():
-            yield LoadedModel(model, target, working)
-    finally:
-        torch.backends.cudnn.enabled = cudnn
-        snapshot.restore()
-        _restore_seeds(seeds)
+    lock = _lock_of(model)
+    with lock, torch.inference_mode(False), torch.enable_grad():
+        refuse_mixing_layers(model)
+        target = device_of(model, device)
+        snapshot, seeds = _Snapshot(model), _seeds()
+        cudnn = torch.backends.cudnn.enabled
+        try:
+            working = _working_copies(model, target)
+            model.eval()
+            # cuDNN's recurrent layers have no backward pass in eval mode.
+            if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+                torch.backends.cudnn.enabled = False
+            with _eager():
+                yield LoadedModel(model, target, working)
+        finally:
+            torch.backends.cudnn.enabled = cudnn
+            snapshot.restore()
+            _restore_seeds(seeds)
+
+
+# One thread at a time scores a model: its weights are those of a checkpoint meanwhile.
+_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_LOCKS_LOCK = threading.Lock()
+
+
+def _lock_of(model: nn.Module) -> threading.RLock:
+    with _LOCKS_LOCK:
+        return _LOCKS.setdefault(model, threading.RLock())

@@ -7,7 +7,7 @@ The rates w_c are multiplied onto the held queries once per checkpoint; the trai
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from tracin.data import Batch
 from tracin.errors import OptionError
 from tracin.gradients.blocks import Block, Dense
 from tracin.gradients.engine import BatchGradients
-from tracin.gradients.products import concatenate, held
+from tracin.gradients.products import concatenate, held, widened
 from tracin.progress import Progress, progress
 from tracin.scoring.run import Run, products, refuse_products
 
@@ -47,8 +47,8 @@ class HeldQueries:
         return sum(block.nbytes for block in self.blocks.values())
 
 
-def _norms(found: BatchGradients) -> Tensor:
-    return torch.stack([block.squared_norm() for block in found.blocks.values()]).sum(0).sqrt()
+def _norms(blocks: Mapping[tuple[str, ...], Block]) -> Tensor:
+    return torch.stack([block.squared_norm() for block in blocks.values()]).sum(0).sqrt()
 
 
 def _inverse(norms: Tensor) -> Tensor:
@@ -58,7 +58,8 @@ def _inverse(norms: Tensor) -> Tensor:
 
 def _weighted(run: Run, found: BatchGradients) -> tuple[dict[tuple[str, ...], Block], Tensor | None]:
     if run.settings.normalize:
-        return dict(found.blocks), next(iter(run.rates.values())) * _inverse(_norms(found))
+        wide = {names: widened(block) for names, block in found.blocks.items()}
+        return wide, next(iter(run.rates.values())) * _inverse(_norms(wide))
     return {names: block.scaled(run.rates_of(names)) for names, block in found.blocks.items()}, None
 
 
@@ -163,10 +164,13 @@ def score_batch(run: Run, batch: Batch, value: Any, tile: HeldQueries) -> Tensor
         The products, weighted, on the device.
     """
     found = run.gradients(run.train, batch, value)
-    like = torch.empty(0, dtype=run.dtype, device=run.loaded.device)
-    values = products(found.blocks, tile.blocks, batch.size, tile.size, like)
+    blocks, dtype = found.blocks, run.dtype
     if tile.weights is not None:
-        values = values * tile.weights * _inverse(_norms(found))[:, None]
+        blocks, dtype = {names: widened(block) for names, block in blocks.items()}, torch.float64
+    like = torch.empty(0, dtype=dtype, device=run.loaded.device)
+    values = products(blocks, tile.blocks, batch.size, tile.size, like)
+    if tile.weights is not None:
+        values = (values * _inverse(_norms(blocks))[:, None] * tile.weights).to(run.dtype)
     refuse_products(values, found, batch, f"train, {run.where}")
     return values
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tracin.checkpoints import Trajectory
-from tracin.data import Batch, RowSource, open_rows, row_checksums, same_checksums, to_device
+from tracin.data import Batch, RowSource, describe_rows, open_rows, row_checksums, same_checksums, to_device
 from tracin.errors import DataError, LossError, NotFiniteError, OptionError, UserCodeError
 from tracin.gradients.agreement import accumulation_dtype
 from tracin.gradients.blocks import Block
@@ -176,6 +176,8 @@ class Run:
             return
         if seen is None:
             self._checksums[key] = found
+            if source.rows.collates:
+                _refuse_reordering(source, batch)
         elif bool((changed := (found != seen) & ~(found.isnan() & seen.isnan())).any()):
             row = batch.rows[int(changed.nonzero()[0])]
             raise DataError(
@@ -203,6 +205,20 @@ class Run:
         return tuple(self.rates[name] for name in names)
 
 
+def _refuse_reordering(source: Source, batch: Batch) -> None:
+    """Collate a batch's rows in reverse and see them reversed: a collate that sorts would give scores to other rows."""
+    rows = list(batch.rows)
+    there = row_checksums(batch, double=True)
+    back = row_checksums(Batch(rows[::-1], source.rows.take(rows[::-1])), double=True)
+    if there is None or back is None or bool(same_checksums(there, back.flip(0)).all()):
+        return
+    raise DataError(
+        f"{source.rows.name}: the collate function does not keep the rows of a batch in their order ({describe_rows(rows)}), or "
+        "rows come back different when they are read again. Sort inside the model instead, or not at all, and turn off "
+        "augmentation and other randomness for tracing."
+    )
+
+
 class _Steady:
     """``source.take``, refusing a row that comes back different when it is read again."""
 
@@ -218,7 +234,7 @@ class _Steady:
             if not bool(same_checksums(mine, self._seen.setdefault(row, mine))):
                 raise DataError(
                     f"{self._source.rows.name}: row {row} came back different when it was read again. Turn off "
-                    "augmentation and other randomness in the dataset for tracing."
+                    "augmentation and other randomness in the dataset for tracing, and sorting in the collate function."
                 )
         return to_device(value, self._source.device)
 

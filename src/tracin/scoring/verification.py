@@ -8,8 +8,7 @@ import torch
 
 from tracin.data import Batch, row_checksums, to_device
 from tracin.gradients.agreement import tolerance
-from tracin.gradients.check import refuse_mixing, row_errors
-from tracin.gradients.engine import batch_gradients
+from tracin.gradients.check import checked_gradients, refuse_mixing, row_errors
 from tracin.progress import progress
 from tracin.scoring.coverage import Coverage, coverage_of
 from tracin.scoring.run import Run
@@ -93,6 +92,6 @@ def _compare(run: Run, rows: list[int]) -> dict[str, float]:
     batch = Batch(rows, run.train.rows.take(rows))
     seen = row_checksums(batch, double=True)
     value = to_device(batch.value, run.loaded.device)
-    found = batch_gradients(run.train, run.keys, batch, value, run.selection.traced, keep_graph=True)
+    found = checked_gradients(run.train, run.keys, batch, value, run.selection.traced, False, keep_graph=True)
     refuse_mixing(run.train, batch, found.losses, seen)
     return row_errors(found, run.selection.traced, list(range(len(rows))), run.train.dtype)

@@ -70,6 +70,11 @@ class Task:
                 f"Task: loss is the module {type(self.loss).__name__}. Give a function loss(model, batch) -> Tensor [n], "
                 "such as lambda model, batch: criterion(model(batch[0]), batch[1]) with reduction='none'."
             )
+        globs = self.globs if isinstance(self.parameters, str | Sequence) else (None,)
+        if not globs or not all(isinstance(glob, str) for glob in globs):
+            raise OptionError(
+                f"Task: parameters is {self.parameters!r}. Give a glob or a list of globs, such as 'head.*'."
+            )
         if self.outputs is None:
             object.__setattr__(self, "outputs", getattr(self.loss, "outputs", None))
 
