@@ -5,6 +5,8 @@
     python benchmarks/run.py --only influence      ours alone, beside the plain pass
     python benchmarks/run.py --profile cnn         where our time goes
     python benchmarks/run.py --write-docs          also write docs/results/speed.md
+    python benchmarks/run.py --threads 1 --clock cpu    where others use the cores: two threads that wait for
+                                                   each other make wall times erratic there
 
 Each model is measured in a process of its own, so that none inherits another's memory or caches.
 """
@@ -102,9 +104,8 @@ def apart(options: argparse.Namespace, name: str) -> None:
     words = [sys.executable, str(HERE / "run.py"), "--inside", name, *command(options), *data_option(options)]
     words += ["--out", str(options.out), "--verb", options.verb]
     words += ["--profile", name] if options.profile else []
-    # Waiting threads sleep: where other processes share the cores, spinning ones make the times erratic.
     threads = {"OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads)}
-    done = subprocess.run(words, env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **threads}, check=False)
+    done = subprocess.run(words, env={**os.environ, **threads}, check=False)
     if done.returncode:
         raise SystemExit(done.returncode)
 

@@ -86,7 +86,7 @@ def test_both_routes(drawn: dict[str, Any]) -> None:
 
 def test_each_route_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small maps go by patches and large ones in float32 by the grouped convolution; both say the same."""
-    shape = ConvolutionShape(24, 24, (3, 3), (1, 1), (1, 1), 2, (0, 0))
+    shape = ConvolutionShape(48, 48, (3, 3), (1, 1), (1, 1), 1, (0, 0))
     taken = []
     for name in ("_by_patches", "_by_grouped_convolution"):
         route = getattr(convolution, name)
@@ -97,8 +97,8 @@ def test_each_route_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(convolution, name, noted)
     for side in (5, 20):
-        x = normal(3, 24, side, side, seed=1, dtype=torch.float32)
-        d = normal(3, 24, side - 2, side - 2, seed=2, dtype=torch.float32)
+        x = normal(3, 48, side, side, seed=1, dtype=torch.float32)
+        d = normal(3, 48, side - 2, side - 2, seed=2, dtype=torch.float32)
         truth = one_at_a_time(x, d, shape)
         torch.testing.assert_close(weight_gradient(x, d, shape), truth, rtol=1e-4, atol=1e-4)
     assert taken == ["_by_patches", "_by_grouped_convolution"]

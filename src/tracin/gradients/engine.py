@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -216,6 +216,8 @@ class _Collector:
             raise RuntimeError(f"{name}: a call without a layout was not sent row by row")
         for names, block in rule_blocks(site, calls[at], layout, delta.detach(), self._n, groups).items():
             self._parts.setdefault(names, []).append(block)
+        # What the blocks do not hold can be freed while the backward pass goes on.
+        calls[at] = replace(calls[at], args=(), kwargs={}, versions=())
 
     def blocks(self, traced: Mapping[str, nn.Parameter]) -> tuple[Blocks, set[str]]:
         """All blocks, those of the modules under vmap included, and the parameters for which vmap could not run."""
