@@ -185,7 +185,7 @@ def influence(run: Run) -> Tensor:
         The scores on the CPU.
     """
     n, m, c = len(run.train.rows), len(run.asked.rows), len(run.trajectory)
-    values = torch.zeros(m, n, dtype=run.dtype)
+    values = torch.zeros(n, m, dtype=run.dtype)  # rows of a batch side by side while they are written
     with progress("influence", c * (n + m), show=run.settings.progress) as bar:
         for index in range(c):
             run.load(index)
@@ -194,11 +194,10 @@ def influence(run: Run) -> Tensor:
                     bar.grow(n)
                 for batch, value in run.batches(run.train):
                     part = score_batch(run, batch, value, tile)
-                    values[tile.start : tile.start + tile.size, batch.start : batch.start + batch.size] += (
-                        part.mT.cpu()
-                    )
+                    here = values[batch.start : batch.start + batch.size]
+                    here[:, tile.start : tile.start + tile.size] += part.cpu()
                     bar.advance(batch.size)
-    return values
+    return values.mT.contiguous()
 
 
 def self_influence(run: Run) -> Tensor:
