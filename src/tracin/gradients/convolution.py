@@ -87,10 +87,8 @@ def weight_gradient(x: Tensor, d: Tensor, shape: ConvolutionShape) -> Tensor:
 
 
 def _patches_are_cheaper(d: Tensor, shape: ConvolutionShape) -> bool:
-    """Measured on two CPU cores: few input channels, pointwise kernels, many channels on small maps.
-
-    Float64 has no fast convolution.
-    """
+    """Few input channels, pointwise kernels, many channels on small maps: measured on two CPU cores."""
+    # Float64 has no fast convolution.
     inner, pixels = shape.in_channels // shape.groups, d[0, 0].numel()
     many_on_small_maps = pixels <= 64 and inner * shape.out_channels >= 2048
     return inner <= 3 or many_on_small_maps or math.prod(shape.kernel) == 1 or d.dtype == torch.float64
