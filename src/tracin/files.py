@@ -15,7 +15,15 @@ from torch import Tensor
 
 from tracin.errors import TracinError
 
-__all__ = ["atomic_path", "read_layout", "read_tensors", "require_file", "write_tensors", "write_text"]
+__all__ = [
+    "atomic_path",
+    "probe_folder",
+    "read_layout",
+    "read_tensors",
+    "require_file",
+    "write_tensors",
+    "write_text",
+]
 
 PARTIAL = ".partial-"
 
@@ -61,6 +69,14 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
     if hasattr(os, "O_DIRECTORY"):  # Windows cannot open a folder
         _flush(path.parent)
+
+
+def probe_folder(folder: Path) -> None:
+    """Make a folder and a file in it, and take the file away: an ``OSError`` now rather than after the work."""
+    probe = folder / f".probe-{secrets.token_hex(8)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    probe.touch()
+    probe.unlink()
 
 
 def _flush(path: Path) -> None:

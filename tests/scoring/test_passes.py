@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import oracle
@@ -207,3 +207,31 @@ def test_a_gradient_whose_square_overflows_names_the_row() -> None:
         chosen.influence((x, y), (x[5:8], y[5:8]))
     with pytest.raises(NotFiniteError, match=r"row 6.*train"):
         chosen.self_influence((x, y))
+
+
+class TwoHeads(nn.Module):
+    """A head for training and another for queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trained, self.asked = nn.Linear(3, 1), nn.Linear(3, 1)
+
+
+def kinked(model: Any, batch: Any) -> Tensor:
+    """Finite, with a gradient of 0/0 where the second column of the batch is zero."""
+    z = model.trained(batch[0])[:, 0]
+    return z + ((z - z.detach()) ** 2 + batch[1]).sqrt()
+
+
+def test_a_nan_is_named_though_the_queries_do_not_use_its_parameters() -> None:
+    torch.manual_seed(0)
+    model = TwoHeads().double()
+    x, ones = torch.randn(9, 3, dtype=torch.float64), torch.ones(9, dtype=torch.float64)
+    bad = ones.clone()
+    bad[6] = 0
+    task = tracin.Task(model, kinked, query_loss=lambda model, batch: model.asked(batch[0])[:, 0])
+    checkpoints = tracin.Trajectory([tracin.Checkpoint(model.state_dict(), learning_rate=0.3)])
+    scorer = tracin.TracInCP(task, checkpoints, batch_size=4, progress=False)
+    assert not scorer.influence((x, ones), (x[:2], ones[:2])).values.any()
+    with pytest.raises(NotFiniteError, match=r"row 6 for trained\.weight"):
+        scorer.influence((x, bad), (x[:2], ones[:2]))

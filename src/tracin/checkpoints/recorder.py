@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from tracin.checkpoints.reading import EXTRA_STATE, HEADER, log, require_tensor,
 from tracin.checkpoints.record import Record, file_name, layout_fingerprint, read_record
 from tracin.checkpoints.trajectory import Trajectory
 from tracin.errors import CheckpointError, OptionError
-from tracin.files import write_tensors
+from tracin.files import probe_folder, write_tensors
 
 __all__ = ["CheckpointRecorder"]
 
@@ -263,11 +262,8 @@ def _class_name(optimizer: torch.optim.Optimizer) -> str:
 
 def _probe(folder: Path) -> None:
     """Find out now, not after an epoch, that a folder cannot be written to."""
-    probe = folder / f".probe-{secrets.token_hex(8)}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        probe_folder(folder)
     except OSError as cause:
         raise CheckpointError(
             f"cannot write into the folder {folder}: {cause}. Choose a folder that you may write to."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -13,7 +12,7 @@ from typing import Any
 
 from tracin.cli.printing import say
 from tracin.errors import MissingExtraError, OptionError, ResultError
-from tracin.files import atomic_path
+from tracin.files import atomic_path, probe_folder
 
 __all__ = ["Folder"]
 
@@ -104,11 +103,8 @@ def _require(module: str, message: str) -> None:
 
 
 def _probe(folder: Path) -> None:
-    probe = folder / f".probe-{secrets.token_hex(8)}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        probe_folder(folder)
     except OSError as error:
         raise OptionError(
             f"--out {folder} cannot be written to ({error.strerror}). Choose a folder that you may write to."

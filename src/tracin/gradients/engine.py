@@ -184,10 +184,6 @@ def _shared_blocks(
     return out
 
 
-def _add(blocks: dict[tuple[str, ...], list[Block]], names: tuple[str, ...], block: Block) -> None:
-    blocks.setdefault(names, []).append(block)
-
-
 class _Collector:
     """Blocks of a batch, made from δ as the backward pass brings it."""
 
@@ -318,9 +314,8 @@ def batch_gradients(
     source.went_by_row(irregular, batch.rows)
     slow = irregular | set(wiring.by_row)
     slow |= {name for pair in keys.fused if set(pair) & slow for name in pair}
-    stay = wiring.plain_rows and in_place(
-        wiring.movers, graph
-    )  # before the backward pass frees what the operations saved
+    # Before the backward pass frees what the operations saved.
+    stay = wiring.plain_rows and in_place(wiring.movers, graph)
     collector = _Collector(wiring, keys, tape, batch.size, slow)
     back = backward(losses, graph, marked, places, collector.receive, against or {}, keep_graph)
     blocks, failed = collector.blocks(traced)

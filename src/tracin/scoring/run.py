@@ -262,6 +262,9 @@ def products(
     for names, block in train.items():
         if names in queries:
             total += dot(block, queries[names])
+        else:
+            # The queries do not use these parameters: nothing to add, but a NaN in them must not pass unseen.
+            total += 0.0 * block.squared_norm()[:, None]
     return total
 
 
