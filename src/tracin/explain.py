@@ -364,4 +364,4 @@ def _contributions(
                             run, batch, value, tile
                         ).mT.cpu()
                         bar.advance(batch.size)
-        return values, method._provenance(run, "explain")
+        return values, method.provenance(run, "explain")

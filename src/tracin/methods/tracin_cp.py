@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 import warnings
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
@@ -13,12 +11,13 @@ from torch import Tensor
 
 from tracin.checkpoints import Trajectory
 from tracin.errors import AdaptiveOptimizerWarning, OptionError
+from tracin.methods.provenance import provenance
+from tracin.methods.settings import checked_settings, require_task
 from tracin.results import Ranking, Scores, SelfInfluence, TopK
 from tracin.scoring import passes, top_k
-from tracin.scoring.coverage import coverage_of
 from tracin.scoring.evaluation import evaluate
 from tracin.scoring.plan import Plan, plan
-from tracin.scoring.run import WEIGHTINGS, Run, Settings, opened, parse_memory
+from tracin.scoring.run import Run, opened
 from tracin.scoring.verification import Verification, verify
 from tracin.tasks import Task
 
@@ -81,26 +80,20 @@ class TracInCP:
         memory: str | int = "2GiB",
         progress: bool = True,
     ) -> None:
-        if not isinstance(task, Task):
-            raise OptionError(f"TracInCP: task is a {type(task).__name__}. Give tracin.Task(model, loss).")
         if not isinstance(trajectory, Trajectory):
             raise OptionError(
                 f"TracInCP: trajectory is a {type(trajectory).__name__}. Give tracin.Trajectory([checkpoint, ...])."
             )
-        if weighting not in WEIGHTINGS:
-            raise OptionError(f"TracInCP: weighting is {weighting!r}. Choose one of {', '.join(WEIGHTINGS)}.")
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise OptionError(f"batch_size is {batch_size!r}: give a whole number of rows, at least 1.")
-        for name, value in (("normalize", normalize), ("progress", progress)):
-            if not isinstance(value, bool):
-                raise OptionError(f"TracInCP: {name} is {value!r}. Give True or False.")
-        if collate is not None and not callable(collate):
-            raise OptionError(
-                f"TracInCP: collate is a {type(collate).__name__}, not a function of a list of rows."
-            )
-        self.task, self.trajectory = task, trajectory
-        self.settings = Settings(
-            weighting, normalize, batch_size, collate, device, parse_memory(memory), progress
+        self.task, self.trajectory = require_task(task, "TracInCP"), trajectory
+        self.settings = checked_settings(
+            "TracInCP",
+            weighting=weighting,
+            normalize=normalize,
+            batch_size=batch_size,
+            collate=collate,
+            device=device,
+            memory=memory,
+            progress=progress,
         )
         adaptive = sorted({c.optimizer for c in trajectory if c.optimizer and c.optimizer != "SGD"})
         if adaptive:
@@ -128,7 +121,7 @@ class TracInCP:
                 values=values,
                 train_ids=torch.arange(n),
                 query_ids=torch.arange(q),
-                provenance=self._provenance(run, "influence"),
+                provenance=self.provenance(run, "influence"),
             )
 
     def top_k(
@@ -151,7 +144,7 @@ class TracInCP:
         allowed = self._allowed(train, queries, k, within)
         with opened(self.task, self.trajectory, self.settings, train, queries) as run:
             high, low = top_k.top_k(run, k, allowed)
-            provenance = {**self._provenance(run, "top_k"), "k": k, "within": within}
+            provenance = {**self.provenance(run, "top_k"), "k": k, "within": within}
             return TopK(
                 proponents=Ranking(ids=high.ids, values=high.values),
                 opponents=Ranking(ids=low.ids, values=low.values),
@@ -171,7 +164,7 @@ class TracInCP:
         """
         with opened(self.task, self.trajectory, self.settings, train) as run:
             values = passes.self_influence(run)
-            provenance = self._provenance(run, "self_influence")
+            provenance = self.provenance(run, "self_influence")
             return SelfInfluence(values=values, train_ids=torch.arange(len(values)), provenance=provenance)
 
     def verify(self, train: Any, *, rows: int = 8, seed: int = 0) -> Verification:
@@ -226,32 +219,18 @@ class TracInCP:
                 raise OptionError(f"k is {k}, but only {count} train rows have class {cls}.")
         return wanted[:, None] == labels[None, :]
 
-    def _provenance(self, run: Run, verb: str) -> dict[str, Any]:
-        wiring = run.train.wiring
-        return {
-            "method": "TracInCP",
-            "verb": verb,
-            "task": {
-                "model": type(self.task.model).__name__,
-                "loss": getattr(self.task.loss, "__name__", type(self.task.loss).__name__),
-                "query_loss": getattr(self.task.query_loss, "__name__", None),
-                "parameters": list(self.task.globs),
-            },
-            "checkpoints": self.trajectory.describe(),
-            "trajectory": self.trajectory.fingerprint(),
-            "weighting": self.settings.weighting,
-            "normalize": self.settings.normalize,
-            "dtype": str(run.dtype).removeprefix("torch."),
-            "device": str(run.loaded.device),
-            "seed": None,
-            "scale": "sum over checkpoints of rate × gradient product, losses as the task returns them per row",
-            "coverage": coverage_of(run.selection, wiring, run.train.irregular).by_route(),
-            "versions": {
-                "tracin": version("tracin"),
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
-        }
+    def provenance(self, run: Run, verb: str) -> dict[str, Any]:
+        """What a result of this method was made from.
+
+        Args:
+            run: The run, after its last checkpoint.
+            verb: What it computed.
+
+        Returns:
+            A JSON-able record.
+        """
+        scale = "sum over checkpoints of rate × gradient product, losses as the task returns them per row"
+        return provenance(run, method="TracInCP", verb=verb, scale=scale)
 
 
 def _dominance(high: Tensor, low: Tensor, n: int) -> tuple[str, ...]:

@@ -1,0 +1,1 @@
+"""Curvature of a loss: products with it, and solutions of damped systems."""
