@@ -41,6 +41,7 @@ docs: $(DEV_STAMP)
 
 bench: $(DEV_STAMP)
 	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/online.py --overhead
 
 clean:
 	rm -rf demo docs/_build build dist .coverage .coverage.* .pytest_cache .ruff_cache .import_linter_cache .hypothesis

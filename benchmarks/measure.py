@@ -88,9 +88,7 @@ def machine(threads: int, clock: str) -> dict[str, Any]:
 
 def ours(workload: Workload) -> tracin.TracInCP:
     task = tracin.Task(workload.model, workload.case.loss)
-    return tracin.TracInCP(
-        task, workload.trajectory, batch_size=workload.case.batch, device="cpu", progress=False
-    )
+    return tracin.TracInCP(task, workload.trajectory, device="cpu", progress=False)
 
 
 def runners(workload: Workload, wanted: frozenset[str]) -> dict[str, Callable[[], Any]]:

@@ -252,3 +252,29 @@ def test_to_device() -> None:
     copied = to_device(value, here, copy=True)
     assert copied["x"].data_ptr() != X.data_ptr()
     assert torch.equal(copied["x"], X)
+
+
+@pytest.mark.parametrize("kind", ["tensors", "dataset"])
+def test_rows_opened_with_auto_take_other_sizes(kind: str) -> None:
+    tensors = (torch.arange(10.0)[:, None], torch.arange(10))
+    data = tensors if kind == "tensors" else TensorDataset(*tensors)
+    rows = open_rows(data, name="train", batch_size="auto")
+    assert rows.sizes == [10]
+    rows.resize(2, 5)
+    assert rows.sizes == [2, 5, 3] == [batch.size for batch in rows.batches()]
+    assert [row for batch in rows.batches() for row in batch.value[1].tolist()] == list(range(10))
+
+
+@pytest.mark.parametrize("kind", ["tensors", "loader"])
+def test_sizes_that_the_user_chose_stay(kind: str) -> None:
+    tensors = (torch.arange(10.0)[:, None], torch.arange(10))
+    data = tensors if kind == "tensors" else DataLoader(TensorDataset(*tensors), batch_size=4)
+    rows = open_rows(data, name="train", batch_size=4 if kind == "tensors" else "auto")
+    rows.resize(2, 5)
+    assert rows.sizes == [4, 4, 2]
+
+
+@pytest.mark.parametrize("size", [0, -1, True])
+def test_a_batch_size_that_is_none(size: Any) -> None:
+    with pytest.raises(OptionError, match="batch_size is"):
+        open_rows((torch.zeros(3, 1),), name="train", batch_size=size)

@@ -12,7 +12,9 @@ ROOT = Path(__file__).resolve().parent.parent
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/getting-started.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/getting-started.md", "docs/influence-functions.md", "docs/projections.md"]
+)
 def test_code_blocks_run_in_order(document, tmp_path, monkeypatch):
     blocks = FENCE.findall((ROOT / document).read_text(encoding="utf-8"))
     assert blocks, f"{document} has no python block"

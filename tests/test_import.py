@@ -13,6 +13,8 @@ import tracin
 PROMISED = {
     "Checkpoint",
     "CheckpointRecorder",
+    "OnlineTracIn",
+    "RepresenterPoints",
     "Scores",
     "SelfInfluence",
     "Study",

@@ -64,6 +64,15 @@ def test_a_rate_of_zero_takes_its_checkpoint_out(case: Case) -> None:
     oracle.assert_close(both.values, alone.values, 1e-14)
 
 
+@some
+@pytest.mark.parametrize("memory", ["2GiB", 4000])
+def test_batches_that_go_by_the_model(case: Case, memory: Any) -> None:
+    """Under a bound of 4,000 bytes the batches have a few rows, else all rows fit into the first."""
+    run = Run(case)
+    found = run.ask("influence", run.train, run.queries, batch_size="auto", memory=memory)
+    oracle.assert_close(found.values, truth(case.name).scores, 1e-10)
+
+
 def batches(rows: Any, kind: str) -> Any:
     """The same rows as another kind of data."""
     if kind == "tensors":

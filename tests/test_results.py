@@ -319,3 +319,20 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(ResultError, match="cannot write"):
         own().save(path / "below" / "a.safetensors")
     assert_same(Scores.load(path), scores())
+
+
+@pytest.mark.parametrize("kind", ["scores", "self_influence"])
+def test_a_flipped_byte_is_found(tmp_path: Path, kind: str) -> None:
+    result = (
+        Scores(torch.rand(2, 3), torch.arange(3), torch.arange(2), {})
+        if kind == "scores"
+        else SelfInfluence(torch.rand(4), torch.arange(4), {})
+    )
+    path = tmp_path / "result.safetensors"
+    result.save(path)
+    assert type(result).load(path).values.equal(result.values)
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(ResultError, match="damaged"):
+        type(result).load(path)

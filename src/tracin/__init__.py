@@ -2,7 +2,8 @@
 
 from tracin import errors
 from tracin.checkpoints import Checkpoint, CheckpointRecorder, Trajectory
-from tracin.methods import TracInCP
+from tracin.gradients.projection import Projection
+from tracin.methods import InfluenceFunctions, OnlineTracIn, RepresenterPoints, TracInCP
 from tracin.results import Scores, SelfInfluence, TopK
 from tracin.study import Study
 from tracin.tasks import Task, losses
@@ -12,6 +13,10 @@ __version__ = "0.1.0"
 __all__ = [
     "Checkpoint",
     "CheckpointRecorder",
+    "InfluenceFunctions",
+    "OnlineTracIn",
+    "Projection",
+    "RepresenterPoints",
     "Scores",
     "SelfInfluence",
     "Study",

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,15 +25,26 @@ from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, def
 from tracin.errors import DataError, OptionError, TracinError, UserCodeError
 
 __all__ = [
+    "AUTO_ROWS",
     "Batch",
+    "BatchSize",
     "RowSource",
     "describe_rows",
     "open_rows",
+    "require_batch_size",
     "row_checksums",
+    "rows_per_batch",
     "same_checksums",
     "to_device",
     "user_code",
 ]
+
+
+# Rows per batch: a number, or what suits the model once it is known.
+BatchSize = int | Literal["auto"]
+
+# Rows per batch under "auto" where nothing is known of the model.
+AUTO_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,10 @@ class RowSource(Protocol):
         """A batch made of these rows, which may repeat."""
         ...
 
+    def resize(self, first: int, rest: int) -> None:
+        """Batch the rows by these sizes where they were opened with ``"auto"``; else nothing changes."""
+        ...
+
 
 @contextmanager
 def user_code(what: str, rows: Sequence[int], where: str = "") -> Iterator[None]:
@@ -110,8 +125,45 @@ def describe_rows(rows: Sequence[int]) -> str:
     return f"rows {shown}{', …' if len(rows) > 5 else ''}"
 
 
-def _even_sizes(n: int, batch_size: int) -> list[int]:
-    return [min(batch_size, n - start) for start in range(0, n, batch_size)]
+def require_batch_size(batch_size: Any) -> BatchSize:
+    """The batch size, if it is one.
+
+    Args:
+        batch_size: What the user gave.
+
+    Returns:
+        It.
+
+    Raises:
+        OptionError: It is neither a positive whole number nor ``"auto"``.
+    """
+    if batch_size == "auto" or (
+        isinstance(batch_size, int) and not isinstance(batch_size, bool) and batch_size >= 1
+    ):
+        return batch_size
+    raise OptionError(f"batch_size is {batch_size!r}: give a whole number of rows, at least 1, or 'auto'.")
+
+
+def rows_per_batch(batch_size: BatchSize) -> int:
+    """The number, or what ``"auto"`` stands for while nothing is known of the model."""
+    return AUTO_ROWS if batch_size == "auto" else batch_size
+
+
+def _even_sizes(n: int, batch_size: BatchSize) -> list[int]:
+    size = rows_per_batch(batch_size)
+    return [min(size, n - start) for start in range(0, n, size)]
+
+
+class _Resizable:
+    """Rows that are batched here: in other batches where the user left the size to us."""
+
+    sizes: Sequence[int]
+    automatic: bool
+
+    def resize(self, first: int, rest: int) -> None:
+        if self.automatic:
+            n = sum(self.sizes)
+            self.sizes = [min(first, n), *_even_sizes(n - min(first, n), rest)]
 
 
 def _starts(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -121,13 +173,13 @@ def _starts(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
         start += size
 
 
-class _TensorRows:
+class _TensorRows(_Resizable):
     """A pytree of tensors that share their first dimension."""
 
     collates = False
 
-    def __init__(self, value: Any, batch_size: int, name: str) -> None:
-        self.name = name
+    def __init__(self, value: Any, batch_size: BatchSize, name: str) -> None:
+        self.name, self.automatic = name, batch_size == "auto"
         paths, self._spec = pytree.tree_flatten_with_path(value)
         self._leaves: list[Tensor] = []
         lengths: dict[str, int] = {}
@@ -167,8 +219,10 @@ class _TensorRows:
         return pytree.tree_unflatten(leaves, self._spec)
 
 
-class _DatasetRows:
+class _DatasetRows(_Resizable):
     """A map-style dataset, batched here."""
+
+    automatic = False
 
     def __init__(self, dataset: Any, sizes: Sequence[int], collate: Callable[[list], Any], name: str) -> None:
         self.name, self.sizes, self._dataset, self._collate = name, sizes, dataset, collate
@@ -252,7 +306,7 @@ def _loader_sizes(loader: DataLoader, name: str) -> list[int]:
 
 
 def open_rows(
-    data: Any, *, name: str, batch_size: int, collate: Callable[[list], Any] | None = None
+    data: Any, *, name: str, batch_size: BatchSize, collate: Callable[[list], Any] | None = None
 ) -> RowSource:
     """Read ``data`` as rows in order.
 
@@ -260,7 +314,7 @@ def open_rows(
         data: A tuple or dict of tensors (one row per example), a map-style dataset, or a ``DataLoader``
             in order (its own batches are used).
         name: ``"train"`` or ``"queries"``, for messages.
-        batch_size: Rows per batch, where the source does not batch itself.
+        batch_size: Rows per batch, where the source does not batch itself; ``"auto"``: 256 until ``resize``.
         collate: Makes a batch of a list of a dataset's rows (torch's default unless given).
 
     Returns:
@@ -268,15 +322,14 @@ def open_rows(
 
     Raises:
         DataError: Empty, unequal lengths, a shuffled or random loader, ``drop_last``, an iterable dataset.
-        OptionError: ``batch_size`` is not a positive whole number, or ``collate`` is no function.
+        OptionError: ``batch_size`` is neither a positive whole number nor ``"auto"``, or ``collate`` is no function.
 
     Example:
         >>> rows = open_rows((torch.zeros(5, 2), torch.arange(5)), name="train", batch_size=2)
         >>> [batch.value[1].tolist() for batch in rows.batches()]
         [[0, 1], [2, 3], [4]]
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise OptionError(f"batch_size is {batch_size!r}: give a whole number of rows, at least 1.")
+    require_batch_size(batch_size)
     rows: RowSource
     if collate is not None and not callable(collate):
         raise OptionError(f"collate is a {type(collate).__name__}, not a function of a list of rows.")
@@ -290,6 +343,7 @@ def open_rows(
         rows = _TensorRows(data, batch_size, name)
     elif hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, str | bytes):
         rows = _DatasetRows(data, _even_sizes(len(data), batch_size), collate or default_collate, name)
+        rows.automatic = batch_size == "auto"
     else:
         raise DataError(
             f"{name} is a {type(data).__name__}: give a tuple or dict of tensors, a map-style Dataset, or a DataLoader."

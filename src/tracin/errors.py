@@ -10,8 +10,10 @@
     ├── RateError (ValueError)        a learning rate is missing, negative or not finite
     ├── ModelError (ValueError)       the model cannot be traced (rows mix, nothing trainable)
     ├── NotFiniteError (ArithmeticError)  a NaN or an infinity in a loss or a gradient
+    ├── ConvergenceError (ArithmeticError)  a solver stopped before its tolerance, or diverged
     ├── ResultError (ValueError)      a saved result cannot be read
     ├── StudyError (ValueError)       a study file is missing or lacks ``study()``
+    ├── LoopError (RuntimeError)      a training loop does what a ledger cannot follow
     ├── MissingExtraError (ImportError)   an optional package is not installed
     └── UserCodeError (RuntimeError)  an exception inside the user's model, loss or dataset
 
@@ -22,7 +24,9 @@ has never heard of tracin would catch.
 __all__ = [
     "AdaptiveOptimizerWarning",
     "CheckpointError",
+    "ConvergenceError",
     "DataError",
+    "LoopError",
     "LossError",
     "MissingExtraError",
     "ModelError",
@@ -68,12 +72,20 @@ class NotFiniteError(TracinError, ArithmeticError):
     """A NaN or an infinity in a loss or in a gradient."""
 
 
+class ConvergenceError(TracinError, ArithmeticError):
+    """An iterative solver stopped before its tolerance, or diverged; the message names the knob."""
+
+
 class ResultError(TracinError, ValueError):
     """A saved result cannot be read."""
 
 
 class StudyError(TracinError, ValueError):
     """A study file is missing, or does not define ``study() -> tracin.Study``."""
+
+
+class LoopError(TracinError, RuntimeError):
+    """A training loop does what ``OnlineTracIn`` cannot follow: a step without ids, a gradient from elsewhere."""
 
 
 class MissingExtraError(TracinError, ImportError):

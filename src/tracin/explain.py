@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tracin.checkpoints import Trajectory
-from tracin.data import RowSource, open_rows
+from tracin.data import RowSource, open_rows, rows_per_batch
 from tracin.errors import LossError, OptionError
 from tracin.methods import TracInCP
 from tracin.progress import progress
@@ -189,7 +189,8 @@ def evaluate_rows(
         The evaluation, in the order of ``rows``.
     """
     source = data if isinstance(data, RowSource) else _open(method, data, name)
-    chosen = DataLoader(list(rows), batch_size=method.settings.batch_size, collate_fn=source.take)  # type: ignore[arg-type]
+    size = rows_per_batch(method.settings.batch_size)
+    chosen = DataLoader(list(rows), batch_size=size, collate_fn=source.take)  # type: ignore[arg-type]
     return evaluate(
         method.task, trajectory or method.trajectory, chosen, name=name, device=method.settings.device
     )
@@ -307,7 +308,7 @@ def _asked(
 ) -> tuple[TracInCP, DataLoader]:
     """The method with the loss to explain, and the queries that this loss takes."""
     positions = [row for row, _ in chosen]
-    size = method.settings.batch_size
+    size = rows_per_batch(method.settings.batch_size)
     if chosen[0][1].kind == LABEL:
         loader = DataLoader(positions, batch_size=size, collate_fn=source.take)  # type: ignore[arg-type]
         return method, loader

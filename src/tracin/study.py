@@ -95,7 +95,12 @@ class Study:
 
         Returns:
             A picture array, a text, or a mapping.
+
+        Raises:
+            OptionError: There is no such side.
         """
+        if side not in ("train", "test"):
+            raise OptionError(f"Study.shown: side is {side!r}. Choose 'train' or 'test'.")
         with user_code(f"the {side} dataset", [row]):
             value = row_of(self.train if side == "train" else self.test, row)
         if self.render is None:

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tracin.errors import DataError, OptionError
-from tracin.evaluation import plant_flips
+from tracin.errors import DataError, NotFiniteError, OptionError
+from tracin.evaluation.flips import plant_flips, plant_hardest_flips
 
 
 @given(
@@ -85,3 +85,56 @@ def test_a_label_outside_the_classes_names_its_row():
 def test_one_class_is_refused():
     with pytest.raises(OptionError, match="at least 2"):
         plant_flips([0, 0, 0], 0.5, classes=1)
+
+
+@given(
+    rows=st.integers(4, 40),
+    classes=st.integers(2, 6),
+    fraction=st.floats(0.2, 0.99),
+    seed=st.integers(0, 2**31),
+)
+def test_the_hardest_flips_take_the_strongest_wrong_class_on_the_rows_of_the_random_ones(
+    rows, classes, fraction, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    true = torch.randint(0, classes, (rows,), generator=generator)
+    logits = torch.randint(-3, 4, (rows, classes), generator=generator).float()
+    flips = plant_hardest_flips(true, logits, fraction, seed=seed)
+    assert torch.equal(flips.mask, plant_flips(true, fraction, classes=classes, seed=seed).mask)
+    for row in range(rows):
+        label, given_label = int(true[row]), int(flips.labels[row])
+        if not flips.mask[row]:
+            assert given_label == label
+            continue
+        wrong = [(-float(logits[row, c]), c) for c in range(classes) if c != label]
+        assert given_label == min(wrong)[1]
+
+
+def test_the_hardest_flips_leave_their_input_and_the_global_random_state():
+    labels, logits = torch.tensor([0, 1, 2, 1]), torch.randn(4, 3)
+    before, kept, state = labels.clone(), logits.clone(), torch.get_rng_state()
+    first, other = (plant_hardest_flips(labels, logits, 0.5, seed=seed) for seed in (0, 0))
+    assert torch.equal(first.labels, other.labels)
+    assert torch.equal(labels, before)
+    assert torch.equal(logits, kept)
+    assert torch.equal(state, torch.get_rng_state())
+    assert first.labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (4,), (4, 1), (5, 3)])
+def test_logits_of_other_rows_are_refused(shape):
+    with pytest.raises(DataError, match=r"4 labels and logits of shape \["):
+        plant_hardest_flips([0, 1, 2, 1], torch.zeros(shape), 0.5)
+
+
+def test_labels_without_a_logit_and_logits_that_are_no_numbers_are_refused():
+    with pytest.raises(DataError, match="row 2 has the label 3, outside 0 to 2"):
+        plant_hardest_flips([0, 1, 3, 1], torch.zeros(4, 3), 0.5)
+    with pytest.raises(DataError, match=r"numbers \[n, C\]"):
+        plant_hardest_flips([0, 1], np.array([["a", "b"], ["c", "d"]]), 0.5)
+    broken = torch.zeros(4, 3)
+    broken[1, 2] = float("nan")
+    with pytest.raises(NotFiniteError, match="row 1 has the logits"):
+        plant_hardest_flips([0, 1, 2, 1], broken, 0.5)
+    with pytest.raises(OptionError, match="between 0 and 1"):
+        plant_hardest_flips([0, 1, 2, 1], torch.zeros(4, 3), 1.0)

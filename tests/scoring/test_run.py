@@ -8,13 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import tracin
 from scoring.common import RATES, M, N, method, net, rows, run, task, trajectory
 from tracin.errors import OptionError, RateError
 from tracin.gradients.blocks import Dense
 from tracin.scoring import run as module
-from tracin.scoring.run import Settings, opened, parse_memory, products
+from tracin.scoring.run import Settings, batch_rows, opened, parse_memory, products
 
 
 @pytest.mark.parametrize(
@@ -121,3 +122,24 @@ def test_products_add_over_parameters_and_skip_what_one_side_lacks() -> None:
     assert torch.equal(found, torch.full((3, 4), 2 * 2 + 3 * 2 * 2, dtype=torch.float64))
     nothing = products({}, queries, 3, 4, torch.empty(0, dtype=torch.float64))
     assert torch.equal(nothing, torch.zeros(3, 4, dtype=torch.float64))
+
+
+@given(row_bytes=st.integers(1, 1 << 34), memory=st.integers(1, 1 << 40))
+def test_rows_of_a_batch_stay_within_the_memory(row_bytes: int, memory: int) -> None:
+    first, rest = batch_rows(row_bytes, memory)
+    assert 1 <= first <= rest <= 512
+    assert rest == 1 or rest * row_bytes <= memory // 8
+
+
+def test_the_batches_go_by_what_the_model_keeps() -> None:
+    sizes = {}
+    for width in (4, 20_000):
+        model = nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 2))
+        task = tracin.Task(model, tracin.losses.cross_entropy)
+        trajectory = tracin.Trajectory([tracin.Checkpoint(model.state_dict(), learning_rate=0.1)])
+        rows = (torch.randn(700, 3), torch.zeros(700, dtype=torch.int64))
+        with opened(task, trajectory, Settings(device="cpu", progress=False), rows, rows) as run:
+            run.load(0)
+            assert run.train.rows.sizes == run.asked.rows.sizes
+            sizes[width] = run.train.rows.sizes
+    assert sizes == {4: [64, 512, 124], 20_000: [64, *[104] * 6, 12]}

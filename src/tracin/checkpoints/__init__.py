@@ -9,6 +9,7 @@ from __future__ import annotations
 from tracin.checkpoints.checkpoint import Checkpoint
 from tracin.checkpoints.fitting import fit
 from tracin.checkpoints.recorder import CheckpointRecorder
+from tracin.checkpoints.selection import Advice, advise
 from tracin.checkpoints.trajectory import Trajectory
 
-__all__ = ["Checkpoint", "CheckpointRecorder", "Trajectory", "fit"]
+__all__ = ["Advice", "Checkpoint", "CheckpointRecorder", "Trajectory", "advise", "fit"]

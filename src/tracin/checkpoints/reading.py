@@ -217,13 +217,18 @@ def _read_pickled(path: Path) -> Any:
         raise CheckpointError(f"{path} cannot be read: {cause}. Check its permissions.") from cause
     except pickle.UnpicklingError as cause:
         named = re.search(r"GLOBAL ([\w.]+)", str(cause))
-        what = f"would run {named[1]}" if named else "holds more than tensors"
+        if named is None:
+            raise _not_tensors(path, cause) from cause
         raise CheckpointError(
-            f"{path} {what} when unpickled, so it was not read: tracin opens tensors only. "
+            f"{path} would run {named[1]} when unpickled, so it was not read: tracin opens tensors only. "
             "Where it was made, save model.state_dict() instead, best as safetensors."
         ) from cause
     except Exception as cause:
-        raise CheckpointError(
-            f"{path} is not a file of tensors that torch.load(weights_only=True) reads, or is cut short "
-            f"({type(cause).__name__}). Save model.state_dict() again, best as safetensors."
-        ) from cause
+        raise _not_tensors(path, cause) from cause
+
+
+def _not_tensors(path: Path, cause: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is not a file of tensors that torch.load(weights_only=True) reads, or is cut short "
+        f"({type(cause).__name__}). Save model.state_dict() again, best as safetensors."
+    )

@@ -10,8 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, SupportsFloat, overload
 
+from torch import Tensor
+
 from tracin.checkpoints.checkpoint import Checkpoint
 from tracin.checkpoints.record import Record, read_record
+from tracin.checkpoints.selection import Advice, advise
 from tracin.errors import CheckpointError, OptionError, RateError
 from tracin.files import require_file
 
@@ -44,6 +47,7 @@ class Trajectory(Sequence[Checkpoint]):
 
     Args:
         checkpoints: In the order of training.
+        advice: Why these were kept, where ``select(losses=...)`` chose them.
 
     Raises:
         CheckpointError: There is none, or one of them is not a ``Checkpoint``.
@@ -59,6 +63,7 @@ class Trajectory(Sequence[Checkpoint]):
     """
 
     checkpoints: Sequence[Checkpoint]
+    advice: Advice | None = None
 
     def __post_init__(self) -> None:
         checkpoints = tuple(self.checkpoints)
@@ -178,7 +183,12 @@ class Trajectory(Sequence[Checkpoint]):
             [Checkpoint(file, learning_rate=rate, key=key) for file, rate in zip(files, rates, strict=True)]
         )
 
-    def select(self, keep: slice | Iterable[int] | Callable[[Checkpoint], bool]) -> Trajectory:
+    def select(
+        self,
+        keep: slice | Iterable[int] | Callable[[Checkpoint], bool] | None = None,
+        *,
+        losses: Tensor | Sequence[float] | None = None,
+    ) -> Trajectory:
         """A thinner trajectory, whose sums of rates still cover the whole run up to its last checkpoint.
 
         A checkpoint that is left out hands its ``learning_rate_sum`` to the next one kept, so that
@@ -187,12 +197,14 @@ class Trajectory(Sequence[Checkpoint]):
 
         Args:
             keep: Positions, a slice of them, or a function that says whether to keep a checkpoint.
+            losses: Instead: the mean loss at each checkpoint [c], or of each row [c, n]. Kept is the part of the run in
+                which it falls, without the first fluctuations and the flat tail; ``advice`` of the result says why.
 
         Returns:
             The checkpoints kept, in their order.
 
         Raises:
-            OptionError: A position that does not exist.
+            OptionError: A position that does not exist, not as many losses as checkpoints, or both arguments or none.
 
         Example:
             >>> import torch
@@ -200,26 +212,38 @@ class Trajectory(Sequence[Checkpoint]):
             >>> trajectory = Trajectory([Checkpoint({"w": torch.ones(1)}, learning_rate_sum=s) for s in sums])
             >>> [checkpoint.learning_rate_sum for checkpoint in trajectory.select([0, 2])]
             [0.5, 0.375]
+            >>> trajectory.select(losses=[0.9, 0.3, 0.299]).advice.kept
+            (0, 1)
         """
-        if callable(keep):
-            positions = {at for at, checkpoint in enumerate(self) if keep(checkpoint)}
-        elif isinstance(keep, slice):
-            positions = set(range(len(self))[keep])
-        else:
-            wanted = list(keep)
-            outside = [at for at in wanted if not -len(self) <= at < len(self)]
-            if outside:
-                raise OptionError(
-                    f"Trajectory.select: no position {outside[0]} among {len(self)} checkpoints."
-                )
-            positions = {at % len(self) for at in wanted}
+        if (keep is None) == (losses is None):
+            raise OptionError(
+                "Trajectory.select: give positions to keep, or losses= to go by, one of the two."
+            )
+        advice = None if losses is None else advise(losses)
+        if advice is not None and len(advice.losses) != len(self):
+            raise OptionError(
+                f"Trajectory.select: losses of {len(advice.losses)} checkpoints for a trajectory of {len(self)}. Give the mean "
+                "loss at each of them [c], such as evaluate(task, trajectory, train).losses."
+            )
+        positions = self._positions(keep) if advice is None else set(advice.kept)
         kept, skipped = [], []
         for at, checkpoint in enumerate(self):
             skipped.append(checkpoint.learning_rate_sum)
             if at in positions:
                 kept.append(replace(checkpoint, learning_rate_sum=_total(skipped)))
                 skipped = []
-        return Trajectory(kept)
+        return Trajectory(kept, advice)
+
+    def _positions(self, keep: Any) -> set[int]:
+        if callable(keep):
+            return {at for at, checkpoint in enumerate(self) if keep(checkpoint)}
+        if isinstance(keep, slice):
+            return set(range(len(self))[keep])
+        wanted = list(keep)
+        outside = [at for at in wanted if not -len(self) <= at < len(self)]
+        if outside:
+            raise OptionError(f"Trajectory.select: no position {outside[0]} among {len(self)} checkpoints.")
+        return {at % len(self) for at in wanted}
 
     def describe(self) -> list[dict[str, Any]]:
         """What the checkpoints are, as JSON holds it.

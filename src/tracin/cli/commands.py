@@ -21,7 +21,7 @@ from tracin.cli.records import (
     suspect_records,
 )
 from tracin.cli.telling import tell_attribution, tell_coverage, tell_suspects, tell_verification
-from tracin.data import open_rows
+from tracin.data import open_rows, rows_per_batch
 from tracin.errors import OptionError
 from tracin.explain import Attribution, explain, lesson_of
 from tracin.methods import TracInCP
@@ -218,7 +218,7 @@ def plan(command: options.Plan) -> int:
 
 def _first(method: TracInCP, test: Any, count: int) -> DataLoader:
     _refuse_below_one("--queries", count)
-    size = method.settings.batch_size
+    size = rows_per_batch(method.settings.batch_size)
     source = open_rows(test, name="test", batch_size=size)
     rows = list(islice(range(len(source)), count))
     return DataLoader(rows, batch_size=size, collate_fn=source.take)  # type: ignore[arg-type]

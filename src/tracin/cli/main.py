@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from tracin.cli import commands, demo, options
+from tracin.cli import commands, demo, options, study
 from tracin.cli.printing import clean
 from tracin.errors import TracinError, UserCodeError
 
@@ -54,6 +54,7 @@ def _run(args: list[str] | None) -> int:
         options.Explain: commands.explain_rows,
         options.Verify: commands.verify,
         options.Plan: commands.plan,
+        options.StudyRun: study.run,
     }
     command = options.parse(args)
     with _plain_warnings():

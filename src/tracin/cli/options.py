@@ -8,10 +8,11 @@ from typing import Annotated, Literal
 
 import tyro  # noqa: TID253  loaded with the command, not with the library
 
+from tracin.data import BatchSize
 from tracin.methods import TracInCP
 from tracin.study import Study
 
-__all__ = ["Audit", "Command", "Demo", "Explain", "Output", "Plan", "Settings", "Verify", "parse"]
+__all__ = ["Audit", "Command", "Demo", "Explain", "Output", "Plan", "Settings", "StudyRun", "Verify", "parse"]
 
 Format = Literal["csv", "parquet", "json"]
 StudyFile = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE.py")]
@@ -25,8 +26,8 @@ class Settings:
     """What weighs a checkpoint: the rate of the last step before it, the sum of the rates since the checkpoint
     before, or 1."""
 
-    batch_size: int = 256
-    """Rows per batch, where the data does not batch itself."""
+    batch_size: BatchSize = "auto"
+    """Rows per batch, where the data does not batch itself. auto: what suits the model."""
 
     device: str = "auto"
     """Where to run, such as cpu or cuda:0. auto: where the model lies, or the GPU if there is one."""
@@ -173,7 +174,90 @@ class Plan:
     settings: tyro.conf.OmitArgPrefixes[Settings] = field(default_factory=Settings)
 
 
-Command = Demo | Audit | Explain | Verify | Plan
+@dataclass(frozen=True)
+class StudyRun:
+    """Judge methods on a known answer: labels made wrong on purpose, and how fast each method finds them.
+
+    Plants flips, trains by plain SGD with checkpoints, runs every method on the same checkpoints, and writes a figure
+    (study.png, study.svg), a table (table.csv, table.md) and study.json, which --replay runs again. Each training run
+    is kept under FOLDER/cells as it goes on: a study that was cut short goes on with the same command.
+    """
+
+    what: Annotated[Literal["mislabelled"], tyro.conf.Positional, tyro.conf.arg(metavar="mislabelled")]
+    """Which study."""
+
+    data: Annotated[str, tyro.conf.arg(metavar="digits|fashion-mnist|mnist|cifar10|FILE.py")] = "digits"
+    """What to train on: digits come with scikit-learn, the others are read from local files. A FILE.py defines
+    study() -> tracin.Study with tuples (inputs, labels) as train and test, and with fit."""
+
+    data_folder: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Where the files of fashion-mnist, mnist or cifar10 lie."""
+
+    model: Literal["mlp", "cnn", "resnet"] | None = None
+    """Which model; cnn if nothing is said. Not for a FILE.py, which brings its own."""
+
+    flips: tuple[Literal["random", "hardest"], ...] = ("random",)
+    """Which wrong labels: any other class (random), or the strongest wrong class of a model trained on clean labels
+    (hardest); one or both."""
+
+    fraction: float = 0.1
+    """The share of labels made wrong, between 0 and 1."""
+
+    schedule: tuple[Literal["constant", "step", "cosine", "onecycle"], ...] | None = None
+    """Schedules of the learning rate, compared in one table; constant and cosine if nothing is said. Not for a FILE.py."""
+
+    methods: Annotated[tuple[str, ...], tyro.conf.arg(metavar="METHOD [METHOD ...]")] = ()
+    """Which methods; all if nothing is said. An unknown name tells the known ones."""
+
+    seeds: int = 3
+    """How many seeds: flips, first weights and the order of the rows differ."""
+
+    rows: int | None = None
+    """How many training rows; 10,000 if nothing is said, or all where there are fewer."""
+
+    epochs: int | None = None
+    """Passes over the rows; what suits the model if nothing is said. Not for a FILE.py."""
+
+    checkpoints: int = 8
+    """How many checkpoints, evenly over the training."""
+
+    rate: float = 0.05
+    """The learning rate; the highest one of a schedule."""
+
+    batch: int = 64
+    """Rows of a training step."""
+
+    repair: bool = False
+    """Also correct the wrong labels among the rows inspected first, train again, and compare the test accuracy
+    (repair.png, repair.svg, repair.csv, repair.md). Takes a training per method and share."""
+
+    repair_shares: Annotated[tuple[float, ...], tyro.conf.arg(metavar="SHARE [SHARE ...]")] = (0.1, 0.2, 0.3)
+    """The shares of rows inspected before a repair."""
+
+    replay: Annotated[Path | None, tyro.conf.arg(metavar="STUDY.json")] = None
+    """Run the study of such a file again, and compare the numbers. Only --out, --data-folder, --device, --memory and
+    --format are read besides."""
+
+    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("study")
+    """Folder to write into. Made if it is missing; files of the same names are replaced."""
+
+    format: tuple[Format, ...] = ("csv",)
+    """How to write tables besides Markdown; one or several of csv, parquet and json."""
+
+    device: str = "auto"
+    """Where to run, such as cpu or cuda:0. auto: the GPU if there is one."""
+
+    memory: str = "2GiB"
+    """Bound on gradients that a method holds at a time."""
+
+    quiet: bool = False
+    """Do not tell how far the study is."""
+
+    debug: bool = False
+    """Show the whole traceback of an error."""
+
+
+Command = Demo | Audit | Explain | Verify | Plan | Annotated[StudyRun, tyro.conf.subcommand("study")]
 
 _SUMMARY = "Trace the predictions of a PyTorch model back to the training rows that taught them."
 

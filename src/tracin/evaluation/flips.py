@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tracin.errors import DataError, OptionError
-from tracin.shapes import Bool, Int
+from tracin.errors import DataError, NotFiniteError, OptionError
+from tracin.shapes import Bool, Float, Int
 
-__all__ = ["Flips", "plant_flips"]
+__all__ = ["Flips", "plant_flips", "plant_hardest_flips"]
 
 
 class Flips(NamedTuple):
@@ -67,6 +67,79 @@ def plant_flips(
     mask = torch.zeros(true.shape[0], dtype=torch.bool)
     mask[rows] = True
     return Flips(flipped, mask)
+
+
+def plant_hardest_flips(
+    labels: Tensor | np.ndarray | Sequence[int],
+    logits: Tensor | np.ndarray | Sequence[Sequence[float]],
+    fraction: float = 0.1,
+    *,
+    seed: int = 0,
+) -> Flips:
+    """Give ``round(fraction · n)`` rows the wrong class that a model of the true labels finds most likely.
+
+    Such flips are the hardest to find: the wrong label is the one that the row looks most like (Pruthi et al.
+    2020, section 4.1). The rows are drawn as ``plant_flips`` draws them, so that both flip the same rows under the
+    same seed; only the new labels differ.
+
+    Args:
+        labels: The true classes [n], whole numbers from 0 to C − 1.
+        logits: What a model that was trained on the true labels says of the same rows [n, C]; probabilities do too.
+        fraction: The share of rows to flip, strictly between 0 and 1.
+        seed: Same seed, same rows.
+
+    Returns:
+        The new labels [n] (int64, CPU) and the mask [n] of the flipped rows. Of equally likely classes the lowest.
+
+    Raises:
+        OptionError: ``fraction`` outside (0, 1) or too small to flip a row.
+        DataError: Labels that aren't one class per row, or logits that aren't [n, C] of the same rows.
+        NotFiniteError: A logit that is NaN or infinite; the row is named.
+
+    Example:
+        >>> logits = torch.tensor([[5.0, 1.0, 2.0], [0.0, 3.0, 1.0], [2.0, 1.0, 4.0], [4.0, 3.0, 1.0]])
+        >>> plant_hardest_flips([0, 1, 2, 0], logits, fraction=0.99).labels
+        tensor([2, 2, 0, 1])
+    """
+    true = whole_numbers(labels)
+    count = flip_count(true.shape[0], fraction)
+    wrong = strongest_wrong_classes(true, logits)
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.zeros(true.shape[0], dtype=torch.bool)
+    mask[torch.randperm(true.shape[0], generator=generator)[:count]] = True
+    return Flips(torch.where(mask, wrong, true), mask)
+
+
+def strongest_wrong_classes(
+    labels: Int[Tensor, " n"], logits: Tensor | np.ndarray | Sequence[Sequence[float]]
+) -> Int[Tensor, " n"]:
+    """The class with the largest logit among those that aren't the label; of equal ones the lowest."""
+    values = _finite_logits(logits, labels.shape[0])
+    class_values(labels, values.shape[1])
+    others = values.scatter(1, labels[:, None], -torch.inf)
+    return (others == others.amax(1, keepdim=True)).int().argmax(1)
+
+
+def _finite_logits(
+    logits: Tensor | np.ndarray | Sequence[Sequence[float]], rows: int
+) -> Float[Tensor, "n C"]:
+    try:
+        values = torch.as_tensor(logits).detach().cpu()
+    except (TypeError, ValueError) as error:
+        raise DataError(f"logits must be numbers [n, C]: {error}") from error
+    if values.ndim != 2 or values.shape[0] != rows or values.shape[1] < 2:
+        raise DataError(
+            f"{rows} labels and logits of shape {list(values.shape)}: give the logits [n, C] of the same rows in the same "
+            "order, one column per class"
+        )
+    values = values.to(torch.float64)
+    finite = values.isfinite().all(1)
+    if not finite.all():
+        row = int((~finite).nonzero()[0])
+        raise NotFiniteError(
+            f"row {row} has the logits {values[row].tolist()}; the wrong class needs finite ones"
+        )
+    return values
 
 
 def whole_numbers(labels: Tensor | np.ndarray | Sequence[int]) -> Int[Tensor, " n"]:

@@ -103,7 +103,8 @@ def _by_patches(x: Tensor, d: Tensor, shape: ConvolutionShape) -> Tensor:
     a = a.permute(kernel_first).reshape(
         n * g, -1, t
     )  # [ng, c/g·kernel, t]: copied along the rows of the picture
-    out = torch.bmm(d.reshape(n * g, -1, t), a.mT)  # [ng, o/g, c/g·kernel]
+    # The product in this order reads both factors as they lie, which is the faster one for few channels.
+    out = torch.bmm(a, d.reshape(n * g, -1, t).mT).mT.contiguous()  # [ng, o/g, c/g·kernel]
     return out.view(n, shape.out_channels, shape.in_channels // g, *shape.kernel)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-__all__ = ["MOVERS", "Graph", "walk"]
+__all__ = ["MOVERS", "Graph", "held_bytes", "walk"]
 
 # Operations whose result can hold another row's values at a row's place.
 MOVERS = frozenset(
@@ -113,6 +114,23 @@ def walk(losses: Tensor, parameters: Mapping[str, Tensor], marked: Collection[An
                     stack.append((node, False))
     return Graph(
         readers, leaves, set(seen), {node for node in marked if node in seen and not seen[node]}, movers
+    )
+
+
+def held_bytes(graph: Graph) -> int:
+    """Bytes of all tensors that the operations of a graph made, parameters left out; views count as tensors.
+
+    Args:
+        graph: A walked graph.
+
+    Returns:
+        The bytes.
+    """
+    return sum(
+        math.prod(made.shape) * made.dtype.itemsize
+        for node in graph.nodes
+        if type(node) is not _Leaf
+        for made in node._input_metadata
     )
 
 

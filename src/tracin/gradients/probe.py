@@ -19,7 +19,7 @@ from tracin.errors import LossError
 from tracin.gradients import reference, shared
 from tracin.gradients.agreement import coarsest
 from tracin.gradients.capture import Call, Tape, recording, tensors
-from tracin.gradients.graph import Graph, walk
+from tracin.gradients.graph import Graph, held_bytes, walk
 from tracin.gradients.layout import Layout, candidates, owns, to_rows
 from tracin.gradients.local import CallLayout
 from tracin.gradients.movement import Mover, movers_of
@@ -48,6 +48,7 @@ class Probe:
     movers: tuple[Mover, ...]
     shared_estimates: dict[str, tuple[SharedSite, Tensor]]
     totals: list[float]
+    row_bytes: int
 
     def delta(self, site: str, call: int) -> list[Tensor | None]:
         """∂(Σℓ)/∂output of a call, one per recorded output."""
@@ -113,7 +114,10 @@ def probe_rows(
         float(torch.stack([torch.linalg.vector_norm(g) for g in row.values()]).double().norm())
         for row in truth
     ]
-    return Probe(n, dtype, tape, more_tape, back_tape, deltas, truth, graph, movers, shared_found, totals)
+    row_bytes = max(1, held_bytes(more_graph) - held_bytes(graph))
+    return Probe(
+        n, dtype, tape, more_tape, back_tape, deltas, truth, graph, movers, shared_found, totals, row_bytes
+    )
 
 
 def refuse_mixing(losses: Tensor, others: Tensor, rows: Sequence[int], dtype: torch.dtype) -> None:

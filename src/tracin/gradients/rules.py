@@ -30,7 +30,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from tracin.gradients.blocks import Block, Convolution, Dense, Outer, Rows
 from tracin.gradients.convolution import ConvolutionShape
 
-__all__ = ["RULES", "Rule", "rule_for"]
+__all__ = ["RULES", "Rule", "convolution_block", "rule_for"]
 
 # Roles ("weight", "bias") of the parameters that a block holds → the block.
 Gradients = Mapping[tuple[str, ...], Block]
@@ -70,17 +70,29 @@ def _channel_sum(d: Tensor) -> Dense:
 def _convolution(layer: _ConvNd, x: Tensor, d: Tensor, wanted: frozenset[str]) -> Gradients:
     out: dict[tuple[str, ...], Block] = {}
     if "weight" in wanted:
-        padding, sides = _padding(layer)
-        if any(sides):
-            mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-            padded = F.pad(x.flatten(0, 1), sides, mode=mode)
-            x = padded.reshape(*x.shape[:2], *padded.shape[1:])
-        out["weight",] = _smaller(
-            Convolution(x, d, _shape(layer, layer.out_channels, layer.in_channels, padding))
-        )
+        out["weight",] = _smaller(convolution_block(layer, x, d))
     if "bias" in wanted:
         out["bias",] = _channel_sum(d)
     return out
+
+
+def convolution_block(layer: _ConvNd, x: Tensor, d: Tensor) -> Convolution:
+    """The weight's gradients as the (padded) input and δ, not multiplied out.
+
+    Args:
+        layer: A convolution.
+        x: Its input [n, k, c, ...].
+        d: δ at its output [n, k, o, ...].
+
+    Returns:
+        The block.
+    """
+    padding, sides = _padding(layer)
+    if any(sides):
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        padded = F.pad(x.flatten(0, 1), sides, mode=mode)
+        x = padded.reshape(*x.shape[:2], *padded.shape[1:])
+    return Convolution(x, d, _shape(layer, layer.out_channels, layer.in_channels, padding))
 
 
 def _shape(layer: _ConvNd, out_channels: int, in_channels: int, padding: tuple[int, ...]) -> ConvolutionShape:

@@ -64,7 +64,7 @@ class Wiring:
     """Routes of one loss over one data source.
 
     ``plain_rows`` says that every tensor of a batch has one entry per row on its row axis, ``dtype`` is the least precise
-    dtype of the arithmetic that was seen.
+    dtype of the arithmetic that was seen, ``row_bytes`` what one more row adds to the graph's tensors.
     """
 
     rules: dict[str, RuleSite]
@@ -77,6 +77,7 @@ class Wiring:
     movers: tuple[Mover, ...] = ()
     plain_rows: bool = True
     dtype: torch.dtype = torch.float32
+    row_bytes: int = 0
     reasons: dict[str, str] = field(default_factory=dict)
 
     def sites(self) -> dict[str, nn.Module]:

@@ -15,7 +15,7 @@ on the probe rows proves nothing: it stays ``pending`` and is compared in the fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,8 +98,8 @@ def _error(estimate: Tensor | None, name: str, probe: Probe) -> float:
     return worst
 
 
-def _owners(root: LossModule, parameter: nn.Parameter) -> list[str]:
-    """Modules that contain every alias of a parameter, deepest first, then the loss."""
+def _owners(root: LossModule, parameter: nn.Parameter, inside: bool) -> list[str]:
+    """Modules that contain every alias of a parameter, deepest first, then the loss unless only the model may be used."""
     aliases = [name for name, p in root.model.named_parameters(remove_duplicate=False) if p is parameter]
     owners = [alias.rpartition(".")[0].split(".") if "." in alias else [] for alias in aliases]
     common = owners[0]
@@ -108,7 +108,7 @@ def _owners(root: LossModule, parameter: nn.Parameter) -> list[str]:
         while keep < min(len(common), len(path)) and common[keep] == path[keep]:
             keep += 1
         common = common[:keep]
-    return [".".join(common[:depth]) for depth in range(len(common), -1, -1)] + [LOSS]
+    return [".".join(common[:depth]) for depth in range(len(common), -1, -1)] + ([] if inside else [LOSS])
 
 
 def _local_name(module: nn.Module, parameter: nn.Parameter) -> str:
@@ -116,11 +116,18 @@ def _local_name(module: nn.Module, parameter: nn.Parameter) -> str:
 
 
 def _settle_locals(
-    root: LossModule, traced: Mapping[str, nn.Parameter], open_names: Sequence[str], probe: Probe, n_more: int
+    root: LossModule,
+    traced: Mapping[str, nn.Parameter],
+    open_names: Sequence[str],
+    probe: Probe,
+    n_more: int,
+    inside: bool,
+    owner_only: Collection[str] = (),
 ) -> tuple[dict[str, LocalSite], list[str], dict[str, str]]:
     """Try modules from the owner upward for each open parameter; those that fit none go by row."""
-    chains = {name: _owners(root, traced[name]) for name in open_names}
+    chains = {name: _owners(root, traced[name], inside) for name in open_names}
     modules = {**dict(root.model.named_modules()), LOSS: root}
+    chains |= {name: [s for s in chains[name][:1] if not [*modules[s].children()]] for name in owner_only}
     layouts = {
         site: site_layouts(probe, site, n_more) for site in {s for chain in chains.values() for s in chain}
     }
@@ -178,6 +185,8 @@ def wire(
     run: Callable[[Any, list[int]], Tensor],
     take: Callable[[Sequence[int]], Any],
     rows: Sequence[int],
+    *,
+    inside: bool = False,
 ) -> Wiring:
     """Find the cheapest exact route of every traced parameter.
 
@@ -187,6 +196,7 @@ def wire(
         run: ``run(batch, rows) -> losses [n]`` through ``root``, with the loss contract checked.
         take: Makes a batch of the rows asked for.
         rows: Rows to probe with.
+        inside: Use no place outside the model: the loss will be computed by someone else.
 
     Returns:
         The wiring.
@@ -226,7 +236,14 @@ def wire(
         if name in probe.shared_estimates
         and _error(probe.shared_estimates[name][1], name, probe) <= tolerance(probe.dtype)
     }
-    placed, by_row, why = _settle_locals(root, traced, [n for n in open_names if n not in joined], probe, 4)
+    # Where only the model may be used, a layer's own vmap is steadier than a place in the graph, which training may change.
+    apart = [name for name in open_names if inside or name not in joined]
+    placed, by_row, why = _settle_locals(
+        root, traced, apart, probe, 4, inside, list(joined) if inside else ()
+    )
+    if inside:
+        joined = {name: site for name, site in joined.items() if name in by_row}
+        by_row = [name for name in by_row if name not in joined]
     reasons |= {name: text for name, text in why.items() if name in by_row or name not in reasons}
     left = set(open_names) | set(unused)
     kept = {}
@@ -250,6 +267,7 @@ def wire(
         movers=probe.movers,
         plain_rows=_plain_rows(probe),
         dtype=probe.dtype,
+        row_bytes=probe.row_bytes,
         reasons={
             name: text
             for name, text in reasons.items()

@@ -11,7 +11,7 @@ import torch
 from tracin.scoring.coverage import coverage_of
 from tracin.scoring.run import Run
 
-__all__ = ["provenance"]
+__all__ = ["provenance", "versions"]
 
 
 def provenance(run: Run, *, method: str, verb: str, scale: str, seed: int | None = None) -> dict[str, Any]:
@@ -46,9 +46,14 @@ def provenance(run: Run, *, method: str, verb: str, scale: str, seed: int | None
         "seed": seed,
         "scale": scale,
         "coverage": coverage_of(run.selection, run.train.wiring, run.train.irregular).by_route(),
-        "versions": {
-            "tracin": version("tracin"),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions of what computes the numbers."""
+    return {
+        "tracin": version("tracin"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
     }

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from tracin.data import BatchSize, require_batch_size
 from tracin.errors import OptionError
+from tracin.gradients.projection import Projection
 from tracin.scoring.run import WEIGHTINGS, Settings, parse_memory
 from tracin.tasks import Task
 
@@ -37,11 +39,12 @@ def checked_settings(
     *,
     weighting: str = "uniform",
     normalize: bool = False,
-    batch_size: int = 256,
+    batch_size: BatchSize = "auto",
     collate: Callable[[list], Any] | None = None,
     device: str | torch.device = "auto",
     memory: str | int = "2GiB",
     progress: bool = True,
+    projection: Projection | int | None = None,
 ) -> Settings:
     """The settings of a run.
 
@@ -49,11 +52,12 @@ def checked_settings(
         owner: The method, for messages.
         weighting: Which rate each checkpoint gets.
         normalize: Cosines instead of products.
-        batch_size: Rows per batch.
+        batch_size: Rows per batch, or ``"auto"``.
         collate: Makes a batch of a list of rows.
         device: Where to run.
         memory: Bound on held gradients and tiles.
         progress: Show how far a run is.
+        projection: Random features in place of gradients; a number is their size.
 
     Returns:
         The settings.
@@ -63,8 +67,7 @@ def checked_settings(
     """
     if weighting not in WEIGHTINGS:
         raise OptionError(f"{owner}: weighting is {weighting!r}. Choose one of {', '.join(WEIGHTINGS)}.")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise OptionError(f"batch_size is {batch_size!r}: give a whole number of rows, at least 1.")
+    require_batch_size(batch_size)
     for name, value in (("normalize", normalize), ("progress", progress)):
         if not isinstance(value, bool):
             raise OptionError(f"{owner}: {name} is {value!r}. Give True or False.")
@@ -72,4 +75,23 @@ def checked_settings(
         raise OptionError(
             f"{owner}: collate is a {type(collate).__name__}, not a function of a list of rows."
         )
-    return Settings(weighting, normalize, batch_size, collate, device, parse_memory(memory), progress)
+    return Settings(
+        weighting,
+        normalize,
+        batch_size,
+        collate,
+        device,
+        parse_memory(memory),
+        progress,
+        _checked_projection(owner, projection),
+    )
+
+
+def _checked_projection(owner: str, projection: Any) -> Projection | None:
+    if projection is None or isinstance(projection, Projection):
+        return projection
+    if isinstance(projection, int) and not isinstance(projection, bool):
+        return Projection(projection)
+    raise OptionError(
+        f"{owner}: projection is {projection!r}. Give a number of features, tracin.Projection(size=...), or None."
+    )

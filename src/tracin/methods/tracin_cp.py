@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from tracin.checkpoints import Trajectory
+from tracin.data import BatchSize
 from tracin.errors import AdaptiveOptimizerWarning, OptionError
+from tracin.gradients.projection import Projection
 from tracin.methods.provenance import provenance
 from tracin.methods.settings import checked_settings, require_task
 from tracin.results import Ranking, Scores, SelfInfluence, TopK
@@ -44,7 +47,10 @@ class TracInCP:
         weighting: ``"learning_rate"``: the rate of the last step before each checkpoint; ``"integrated"``: the sum of the
             rates since the checkpoint before; ``"uniform"``: 1.
         normalize: Cosines instead of products, so that rows with large gradients do not fill every list.
-        batch_size: Rows per batch where the data does not batch itself.
+        projection: Products of a few random features in place of products of gradients: their number, or a
+            ``tracin.Projection``. Scores are then unbiased estimates; under ``normalize`` cosines of features.
+        batch_size: Rows per batch where the data does not batch itself; ``"auto"`` goes by what the model's forward pass
+            keeps for each row. Results do not depend on it.
         collate: Makes a batch of a list of a dataset's rows.
         device: ``"auto"``: where the model lies, or the GPU if it lies on the CPU and there is one.
         memory: Bound on held gradients and tiles; more means fewer passes.
@@ -74,7 +80,8 @@ class TracInCP:
         *,
         weighting: Weighting | str = "learning_rate",
         normalize: bool = False,
-        batch_size: int = 256,
+        projection: Projection | int | None = None,
+        batch_size: BatchSize = "auto",
         collate: Callable[[list], Any] | None = None,
         device: str | torch.device = "auto",
         memory: str | int = "2GiB",
@@ -89,6 +96,7 @@ class TracInCP:
             "TracInCP",
             weighting=weighting,
             normalize=normalize,
+            projection=projection,
             batch_size=batch_size,
             collate=collate,
             device=device,
@@ -230,7 +238,10 @@ class TracInCP:
             A JSON-able record.
         """
         scale = "sum over checkpoints of rate × gradient product, losses as the task returns them per row"
-        return provenance(run, method="TracInCP", verb=verb, scale=scale)
+        projection = self.settings.projection
+        seed = None if projection is None else projection.seed
+        record = provenance(run, method="TracInCP", verb=verb, scale=scale, seed=seed)
+        return record | {"projection": None if projection is None else asdict(projection)}
 
 
 def _dominance(high: Tensor, low: Tensor, n: int) -> tuple[str, ...]:

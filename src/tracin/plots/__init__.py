@@ -4,10 +4,11 @@ Blue is a proponent (training on it lowers the loss), orange an opponent, in eve
 matplotlib comes with ``pip install 'tracin[plot]'`` and is imported when the first figure is drawn.
 """
 
-from tracin.plots.canvas import png
+from tracin.plots.canvas import png, svg
 from tracin.plots.cards import Card, Explanation, Gallery, LossPath
 from tracin.plots.curves import detection_curve
 from tracin.plots.sheets import picture_sheet, suspect_sheet
+from tracin.plots.study import repair_figure, study_figure
 from tracin.plots.trajectory import trajectory_figure
 
 __all__ = [
@@ -18,6 +19,9 @@ __all__ = [
     "detection_curve",
     "picture_sheet",
     "png",
+    "repair_figure",
+    "study_figure",
     "suspect_sheet",
+    "svg",
     "trajectory_figure",
 ]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 else:
     Axes = Figure = Any
 
-__all__ = ["Axes", "Canvas", "Figure", "digits", "fit", "png", "signed", "text_width", "wrap"]
+__all__ = ["Axes", "Canvas", "Figure", "digits", "fit", "png", "signed", "svg", "text_width", "wrap"]
 
 LINE = 1.4
 """Distance between the lines of a paragraph, in units of the font size."""
@@ -276,4 +276,20 @@ def png(figure: Figure, *, dpi: int = 160, trim: float = 0.0) -> bytes:
     frame = Bbox.from_extents(trim, trim, width - trim, height - trim)
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, bbox_inches=frame, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def svg(figure: Figure) -> bytes:
+    """The figure as an SVG file, its texts as outlines.
+
+    Args:
+        figure: Any matplotlib figure.
+
+    Returns:
+        The bytes of the file. The same figure gives the same bytes.
+    """
+    matplotlib = load_matplotlib()
+    buffer = BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "tracin", "svg.fonttype": "path"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()

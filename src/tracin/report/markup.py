@@ -18,7 +18,11 @@ class Markup(str):
 
 
 def escaped(value: object) -> Markup:
-    return value if isinstance(value, Markup) else Markup(html.escape(str(value), quote=True))
+    """Text as HTML; a control character, which no page may hold, becomes ``�``."""
+    if isinstance(value, Markup):
+        return value
+    shown = "".join(char if char.isprintable() or char.isspace() else "�" for char in str(value))
+    return Markup(html.escape(shown, quote=True))
 
 
 def join(parts: Iterable[object]) -> Markup:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -22,6 +23,7 @@ __all__ = [
     "check_values",
     "count",
     "describe",
+    "digest",
     "dtype_name",
     "import_pandas",
     "read",
@@ -102,10 +104,21 @@ def write(path: str | Path, result: Any, tensors: dict[str, Tensor], **extra: An
         "version": VERSION,
         "type": type(result).__name__,
         "provenance": result.provenance,
+        "digest": digest(tensors),
         **extra,
     }
     # One key, because safetensors writes several in an order that changes from run to run.
     write_tensors(path, tensors, {HEADER: json.dumps(content)}, error=ResultError)
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of names, dtypes, shapes and bytes."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def read(path: str | Path, cls: type, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -126,6 +139,10 @@ def read(path: str | Path, cls: type, names: Sequence[str]) -> tuple[dict[str, T
     if sorted(tensors) != sorted(names):
         raise ResultError(
             f"{path} holds the tensors {sorted(tensors)}, not {sorted(names)}: save the result again."
+        )
+    if content.get("digest") != digest(tensors):
+        raise ResultError(
+            f"{path} is damaged: its numbers are not those that were saved. Save the result again."
         )
     return tensors, {name: content[name] for name in ("provenance", "notes") if name in content}
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from tracin.checkpoints import Trajectory
-from tracin.data import open_rows, to_device, user_code
+from tracin.data import AUTO_ROWS, BatchSize, open_rows, to_device, user_code
 from tracin.errors import LossError, OptionError
 from tracin.scoring.guard import guarded
 from tracin.shapes import Float, Int
 from tracin.tasks import Task
 from tracin.tasks.task import row_losses
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "checked_outputs", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def evaluate(
     data: Any,
     *,
     name: str = "queries",
-    batch_size: int = 256,
+    batch_size: BatchSize = AUTO_ROWS,
     collate: Callable[[list], Any] | None = None,
     device: str | torch.device = "auto",
 ) -> Evaluation:
@@ -86,7 +86,7 @@ def evaluate(
                 if task.outputs is not None:
                     with user_code("outputs", batch.rows, where), torch.no_grad():
                         pair = task.outputs(task.model, to_device(batch.value, loaded.device))
-                    found.append(_checked_outputs(pair, batch.size))
+                    found.append(checked_outputs(pair, batch.size))
             losses.append(torch.cat(parts))
             if found:
                 logits.append(torch.cat([pair[0] for pair in found]))
@@ -96,7 +96,19 @@ def evaluate(
     )
 
 
-def _checked_outputs(pair: Any, n: int) -> tuple[Tensor, Tensor]:
+def checked_outputs(pair: Any, n: int) -> tuple[Tensor, Tensor]:
+    """What ``outputs`` returned, held to its contract.
+
+    Args:
+        pair: What it returned.
+        n: Rows of the batch.
+
+    Returns:
+        Logits [n, C] and labels [n], on the CPU.
+
+    Raises:
+        LossError: It is something else.
+    """
     good = (
         isinstance(pair, tuple | list)
         and len(pair) == 2

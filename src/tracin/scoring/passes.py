@@ -24,6 +24,7 @@ from tracin.scoring.run import Run, products, refuse_products
 
 __all__ = [
     "HeldQueries",
+    "compared",
     "first_queries",
     "hold_queries",
     "influence",
@@ -56,11 +57,26 @@ def _inverse(norms: Tensor) -> Tensor:
     return torch.where(norms > 0, 1.0 / norms.clamp_min(torch.finfo(norms.dtype).tiny), 0.0)
 
 
-def _weighted(run: Run, found: BatchGradients) -> tuple[dict[tuple[str, ...], Block], Tensor | None]:
+def compared(run: Run, found: BatchGradients) -> Mapping[tuple[str, ...], Block]:
+    """What products are taken of at the loaded checkpoint: the gradients, or their features under a projection.
+
+    Args:
+        run: The run.
+        found: A batch's gradients.
+
+    Returns:
+        Blocks without any rate.
+    """
+    return found.blocks if run.projector is None else run.projector.blocks(found.blocks, run.index)
+
+
+def _weighted(
+    run: Run, blocks: Mapping[tuple[str, ...], Block]
+) -> tuple[dict[tuple[str, ...], Block], Tensor | None]:
     if run.settings.normalize:
-        wide = {names: widened(block) for names, block in found.blocks.items()}
+        wide = {names: widened(block) for names, block in blocks.items()}
         return wide, next(iter(run.rates.values())) * _inverse(_norms(wide))
-    return {names: block.scaled(run.rates_of(names)) for names, block in found.blocks.items()}, None
+    return {names: block.scaled(run.rates_of(names)) for names, block in blocks.items()}, None
 
 
 def hold_queries(run: Run, budget: int, bar: Progress) -> Iterator[HeldQueries]:
@@ -119,14 +135,17 @@ class _Part:
 
 def _hold(run: Run, batch: Batch, value: Any) -> _Part:
     found = run.gradients(run.asked, batch, value)
-    _refuse_infinite(run, found, batch)
-    blocks, weights = _weighted(run, found)
+    plain = compared(run, found)
+    _refuse_infinite(run, plain, found, batch)
+    blocks, weights = _weighted(run, plain)
     kept = {names: held(block, len(run.train.rows)) for names, block in blocks.items()}
     return _Part(batch, kept, weights)
 
 
-def _refuse_infinite(run: Run, found: BatchGradients, batch: Batch) -> None:
-    squares = [block.squared_norm() for block in found.blocks.values()]
+def _refuse_infinite(
+    run: Run, blocks: Mapping[tuple[str, ...], Block], found: BatchGradients, batch: Batch
+) -> None:
+    squares = [block.squared_norm() for block in blocks.values()]
     if squares:
         refuse_products(torch.stack(squares).sum(0), found, batch, f"queries, {run.where}")
 
@@ -164,7 +183,7 @@ def score_batch(run: Run, batch: Batch, value: Any, tile: HeldQueries) -> Tensor
         The products, weighted, on the device.
     """
     found = run.gradients(run.train, batch, value)
-    blocks, dtype = found.blocks, run.dtype
+    blocks, dtype = compared(run, found), run.dtype
     if tile.weights is not None:
         blocks, dtype = {names: widened(block) for names, block in blocks.items()}, torch.float64
     like = torch.empty(0, dtype=dtype, device=run.loaded.device)
@@ -224,7 +243,7 @@ def self_influence(run: Run) -> Tensor:
             for batch, value in run.batches(run.train):
                 found = run.gradients(run.train, batch, value)
                 part = torch.zeros(batch.size, dtype=run.dtype, device=run.loaded.device)
-                for names, block in found.blocks.items():
+                for names, block in compared(run, found).items():
                     part += _weighted_norm(block, run.rates_of(names))
                 refuse_products(part, found, batch, f"train, {run.where}")
                 values[batch.start : batch.start + batch.size] += part.cpu()

@@ -12,9 +12,10 @@ from torch.utils import _pytree as pytree
 from tracin.data import Batch, to_device
 from tracin.gradients.blocks import TILE, Block
 from tracin.gradients.capture import recording
+from tracin.gradients.engine import Source
 from tracin.gradients.products import held
 from tracin.progress import progress
-from tracin.scoring.passes import HeldQueries, hold_queries, score_batch
+from tracin.scoring.passes import HeldQueries, compared, hold_queries, score_batch
 from tracin.scoring.run import Run
 
 __all__ = ["Plan", "Route", "plan"]
@@ -72,7 +73,7 @@ def plan(run: Run) -> Plan:
     blocks, query_seconds, query_rows = _first_queries(run)
     per_query = sum(block.nbytes for block in blocks.values()) / query_rows
     budget = run.settings.memory // 2
-    tile = max(run.asked.rows.sizes[0], min(m, int(budget / max(per_query, 1e-9))))
+    tile = max(*run.asked.rows.sizes, min(m, int(budget / max(per_query, 1e-9))))
     tiles = -(-m // tile)
     train_seconds, train_bytes, train_rows = _first_train(run)
     parameters = sum(p.numel() * p.element_size() for p in run.task.model.parameters())
@@ -84,20 +85,26 @@ def plan(run: Run) -> Plan:
     return Plan(peak, seconds, c * tiles, _routes(run, blocks, query_rows))
 
 
+def _usual(run: Run, source: Source) -> tuple[Batch, object]:
+    """A batch of the usual size: the first one can be shorter."""
+    sizes = source.rows.sizes
+    return next(run.batches(source, start=sizes[0] if len(sizes) > 1 else 0))
+
+
 def _first_queries(run: Run) -> tuple[dict[tuple[str, ...], Block], float, int]:
     source = run.asked
-    batch, value = next(run.batches(source))
+    batch, value = _usual(run, source)
     run.gradients(source, batch, to_device(value, run.loaded.device, copy=True))
     start = time.perf_counter()
     found = run.gradients(source, batch, value)
-    kept = {names: held(block, len(run.train.rows)) for names, block in found.blocks.items()}
+    kept = {names: held(block, len(run.train.rows)) for names, block in compared(run, found).items()}
     return kept, time.perf_counter() - start, batch.size
 
 
 def _first_train(run: Run) -> tuple[float, int, int]:
     with progress("plan", 0, show=False) as bar:
         tile: HeldQueries = next(hold_queries(run, run.settings.memory // 2, bar))
-    batch, value = next(run.batches(run.train))
+    batch, value = _usual(run, run.train)
     score_batch(run, batch, to_device(value, run.loaded.device, copy=True), tile)
     start = time.perf_counter()
     score_batch(run, batch, value, tile)

@@ -11,13 +11,24 @@ import torch
 from torch import Tensor
 
 from tracin.checkpoints import Trajectory
-from tracin.data import Batch, RowSource, describe_rows, open_rows, row_checksums, same_checksums, to_device
+from tracin.data import (
+    Batch,
+    BatchSize,
+    RowSource,
+    describe_rows,
+    open_rows,
+    row_checksums,
+    same_checksums,
+    to_device,
+)
 from tracin.errors import DataError, LossError, NotFiniteError, OptionError, UserCodeError
 from tracin.gradients.agreement import accumulation_dtype
 from tracin.gradients.blocks import Block
 from tracin.gradients.check import checked_gradients
 from tracin.gradients.engine import BatchGradients, Keys, Source, name_not_finite
+from tracin.gradients.features import Projector
 from tracin.gradients.products import dot
+from tracin.gradients.projection import Projection
 from tracin.gradients.sites import LossModule
 from tracin.gradients.wiring import wire
 from tracin.scoring.guard import LoadedModel, guarded
@@ -34,11 +45,12 @@ class Settings:
 
     weighting: str = "learning_rate"
     normalize: bool = False
-    batch_size: int = 256
+    batch_size: BatchSize = "auto"
     collate: Callable[[list], Any] | None = None
     device: str | torch.device = "auto"
     memory: int = 2 << 30
     progress: bool = True
+    projection: Projection | None = None
 
 
 def parse_memory(memory: str | int) -> int:
@@ -74,6 +86,32 @@ def parse_memory(memory: str | int) -> int:
     raise OptionError(f"memory is {memory!r}: give bytes or a size such as '2GiB' or '500MB'.")
 
 
+# Under batch_size="auto", as `python benchmarks/batches.py` found it on two CPU cores: a batch gains from more rows until
+# its tensors leave the caches, and up to a hundred rows even beyond. The first batch is short: it is checked against
+# autograd, which costs several passes over it.
+CACHED_BYTES, BATCH_BYTES = 16 << 20, 192 << 20
+MOST_ROWS, ENOUGH_ROWS, CHECKED_ROWS = 512, 100, 64
+
+
+def batch_rows(row_bytes: int, memory: int) -> tuple[int, int]:
+    """Rows of the first batch and of the others, where the user left it to us.
+
+    Args:
+        row_bytes: What the graph of one row holds.
+        memory: The bound that the user gave, of which a batch may take an eighth.
+
+    Returns:
+        The two sizes.
+
+    Example:
+        >>> batch_rows(3_000, 2 << 30), batch_rows(1 << 20, 2 << 30)
+        ((64, 512), (64, 100))
+    """
+    affordable = max(1, min(BATCH_BYTES, memory // 8) // row_bytes)
+    rows = min(MOST_ROWS, affordable, max(ENOUGH_ROWS, CACHED_BYTES // row_bytes))
+    return min(CHECKED_ROWS, rows), rows
+
+
 @dataclass
 class Run:
     """The state of one run. Gradients come from ``gradients``; what is summed is up to the verb."""
@@ -88,6 +126,8 @@ class Run:
     keys: Keys = field(default_factory=lambda: Keys(frozenset()))
     rates: dict[str, float] = field(default_factory=dict)
     where: str = ""
+    index: int = 0
+    projector: Projector | None = None
     _checksums: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     _checked: set[str] = field(default_factory=set)
 
@@ -117,7 +157,7 @@ class Run:
                 "weighting='uniform', or normalize=False."
             )
         self.loaded.load(checkpoint)
-        self.where = checkpoint.name
+        self.where, self.index = checkpoint.name, index
         for source in self.sources():
             source.where = f"{source.rows.name}, {checkpoint.name}"
         if any(source.found is None for source in self.sources()):
@@ -132,6 +172,11 @@ class Run:
                 self.queries.found = self.train.wiring
             else:
                 self._wire(self.queries)
+
+        for source in self.sources():
+            if source.wiring.row_bytes:
+                first, rest = batch_rows(source.wiring.row_bytes, self.settings.memory)
+                source.rows.resize(first, rest)
 
     def _wire(self, source: Source) -> None:
         n = len(source.rows)
@@ -306,6 +351,8 @@ def opened(
         The run, before any checkpoint is loaded.
     """
     selection = task.select()
+    shapes = {name: parameter.shape for name, parameter in selection.traced.items()}
+    projector = Projector(settings.projection, shapes) if settings.projection else None
     for checkpoint in trajectory:
         checkpoint.rates(settings.weighting, list(selection.traced))
     opening = {"batch_size": settings.batch_size, "collate": settings.collate}
@@ -324,4 +371,5 @@ def opened(
             selection,
             sources[0],
             sources[1] if queries is not None else None,
+            projector=projector,
         )

@@ -7,7 +7,7 @@ scores and the lists: nothing grows with the number of train rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -116,13 +116,16 @@ def _resident(run: Run, budget: int) -> Iterator[list[HeldQueries]]:
         start = rows.stop
 
 
-def top_k(run: Run, k: int, allowed: Tensor | None = None) -> tuple[Lists, Lists]:
+def top_k(
+    run: Run, k: int, allowed: Tensor | None = None, resident: Iterable[list[HeldQueries]] | None = None
+) -> tuple[Lists, Lists]:
     """Proponents (largest) and opponents (smallest) of every query.
 
     Args:
         run: A run with queries.
         k: List length.
         allowed: Which train rows may stand in a query's lists, bool [q, n]; all unless given.
+        resident: The queries tile by tile, each at every checkpoint; their gradients unless given.
 
     Returns:
         Proponents and opponents, signs kept.
@@ -132,7 +135,8 @@ def top_k(run: Run, k: int, allowed: Tensor | None = None) -> tuple[Lists, Lists
     """
     n = len(run.train.rows)
     check_k(k, n)
-    done = [_scan(run, resident, k, allowed) for resident in _resident(run, run.settings.memory // 2)]
+    held = _resident(run, run.settings.memory // 2) if resident is None else resident
+    done = [_scan(run, tile, k, allowed) for tile in held]
     high = Lists(torch.cat([lists.values for lists, _ in done]), torch.cat([lists.ids for lists, _ in done]))
     low = Lists(torch.cat([lists.values for _, lists in done]), torch.cat([lists.ids for _, lists in done]))
     return high, low
@@ -141,7 +145,7 @@ def top_k(run: Run, k: int, allowed: Tensor | None = None) -> tuple[Lists, Lists
 def _scan(run: Run, resident: list[HeldQueries], k: int, allowed: Tensor | None) -> tuple[Lists, Lists]:
     m, start = resident[0].size, resident[0].start
     n = len(run.train.rows)
-    rows = max(run.train.rows.sizes[0], min(n, run.settings.memory // 16 // (m * 8)))
+    rows = max(*run.train.rows.sizes, min(n, run.settings.memory // 16 // (m * 8)))
     high: Lists | None = None
     low: Lists | None = None
     with progress("top-k", n * len(resident), show=run.settings.progress) as bar:

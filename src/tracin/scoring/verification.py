@@ -72,8 +72,9 @@ def verify(run: Run, rows: int = 8, seed: int = 0) -> Verification:
                 # The always-on check first: the routes judged are those that scores are made by.
                 first, value = next(run.batches(run.train))
                 run.gradients(run.train, first, value)
-            for at in range(0, len(chosen), run.train.rows.sizes[0]):
-                some = chosen[at : at + run.train.rows.sizes[0]]
+            size = max(run.train.rows.sizes)
+            for at in range(0, len(chosen), size):
+                some = chosen[at : at + size]
                 for name, error in _compare(run, some).items():
                     worst[name] = max(worst[name], error)
             bar.advance(len(chosen))

@@ -1,0 +1,166 @@
+"""The curvature as a matrix in float64, and solutions by Cholesky: for models of up to some thousand parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tracin.curvature.columns import Columns
+from tracin.curvature.operators import Curvature, product
+from tracin.errors import NotFiniteError, OptionError
+from tracin.gradients.blocks import tiles
+from tracin.shapes import Float
+
+__all__ = [
+    "CholeskySolver",
+    "bytes_of",
+    "damping_error",
+    "from_columns",
+    "from_products",
+    "refuse_too_large",
+]
+
+# The matrix, its factor, and one temporary.
+COPIES = 3
+
+
+def bytes_of(p: int) -> int:
+    """Memory that a dense curvature of p parameters takes with its factor.
+
+    Args:
+        p: Parameters.
+
+    Returns:
+        Bytes.
+    """
+    return COPIES * 8 * p * p
+
+
+def refuse_too_large(p: int, memory: int) -> None:
+    """Refuse a matrix that does not fit.
+
+    Args:
+        p: Parameters.
+        memory: The bound in bytes.
+
+    Raises:
+        OptionError: With the size and the alternatives.
+    """
+    if bytes_of(p) > memory:
+        raise OptionError(
+            f"solver='exact' holds the curvature of {p:,} parameters as a matrix: {8 * p * p / 2**30:,.1f} GiB, and "
+            f"{bytes_of(p) / 2**30:,.1f} GiB with its factor, more than memory={memory / 2**30:,.1f} GiB. "
+            "Use solver='ekfac' (fast, approximate) or solver='cg' (exact, slow), fewer parameters "
+            "(Task(parameters='head.*')), or a larger memory=."
+        )
+
+
+def from_products(curvature: Curvature, block: int = 256) -> Float[Tensor, "p p"]:
+    """C column by column: products with unit vectors, 256 a pass.
+
+    Args:
+        curvature: The matrix as products.
+        block: Columns per pass over the data.
+
+    Returns:
+        The matrix, symmetric.
+    """
+    p = curvature.rows.vectors.size
+    device = curvature.rows.vectors.tensors[0].device
+    matrix = torch.empty(p, p, dtype=torch.float64, device=device)
+    for start in range(0, p, block):
+        stop = min(start + block, p)
+        unit = torch.zeros(stop - start, p, dtype=torch.float64, device=device)
+        unit[torch.arange(stop - start), torch.arange(start, stop)] = 1.0
+        matrix[start:stop] = product(curvature, unit)
+    return (matrix + matrix.mT) / 2
+
+
+def from_columns(columns: Columns) -> Float[Tensor, "p p"]:
+    """Gauss-Newton as the sum of squares of its root columns, in one pass.
+
+    Args:
+        columns: The root columns.
+
+    Returns:
+        The matrix.
+
+    Raises:
+        NotFiniteError: An entry is NaN or infinite.
+    """
+    layout = columns.rows.vectors
+    places, p = layout.slices(), layout.size
+    device = layout.tensors[0].device
+    matrix = torch.zeros(p, p, dtype=torch.float64, device=device)
+    for column in columns:
+        for start, stop in tiles(column.n, p):
+            flat = torch.zeros(stop - start, p, dtype=torch.float64, device=device)
+            for site in columns.sites.values():
+                for blocks in column.blocks(site):
+                    for (name,), block in blocks.items():
+                        flat[:, places[name]] += block.rows(start, stop).materialise()
+            matrix.addmm_(flat.mT, flat)
+    if not bool(torch.isfinite(matrix).all()):
+        raise NotFiniteError(
+            f"the curvature has an entry that is not finite ({columns.rows.source.where}). Use a float64 model."
+        )
+    return matrix / len(columns.rows)
+
+
+class CholeskySolver:
+    """(C + λI)⁻¹ by Cholesky's factor.
+
+    Args:
+        matrix: C, symmetric [p, p] in float64.
+        damping: λ.
+        kind: The curvature's name, for the message.
+
+    Raises:
+        OptionError: C + λI is not positive definite; the message names C's smallest eigenvalue.
+    """
+
+    def __init__(self, matrix: Float[Tensor, "p p"], damping: float, kind: str) -> None:
+        self.damping = damping
+        damped = matrix.clone()
+        damped.diagonal().add_(damping)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        # A pivot that is rounding noise solves nothing.
+        pivots = factor.diagonal().square()
+        size = max(1.0, float(len(matrix))) * torch.finfo(matrix.dtype).eps
+        if bool(failed) or float(pivots.min()) <= size * float(damped.diagonal().abs().max()):
+            low = float(torch.linalg.eigvalsh(matrix)[0])
+            raise damping_error(damping, low, kind)
+        self._factor = factor
+        self.report = {"parameters": len(matrix)}
+
+    def solve(self, gradients: Float[Tensor, "n p"]) -> Float[Tensor, "n p"]:
+        """(C + λI)⁻¹ g for n vectors."""
+        return torch.cholesky_solve(gradients.double().mT, self._factor).mT
+
+    def quadratic(self, gradients: Float[Tensor, "n p"]) -> Float[Tensor, " n"]:
+        """gᵀ (C + λI)⁻¹ g of each vector."""
+        half = torch.linalg.solve_triangular(self._factor, gradients.double().mT, upper=False)
+        return half.square().sum(0)
+
+
+def damping_error(damping: float, low: float, kind: str) -> OptionError:
+    """The error of a damping that leaves a direction flat or curved downwards.
+
+    Args:
+        damping: λ.
+        low: The curvature's smallest eigenvalue.
+        kind: The curvature's name.
+
+    Returns:
+        The error.
+    """
+    shown = "Hessian" if kind == "hessian" else "Gauss-Newton matrix"
+    return OptionError(
+        f"damping={damping:.6g} is too small: the smallest eigenvalue of the {shown} is λ_min = {low:.6g}, and C + damping·I "
+        f"must be positive definite. Give a damping well above {max(-low, 0.0):.6g}"
+        + (
+            ", or use curvature='gauss_newton', which has no negative eigenvalues."
+            if kind == "hessian"
+            else "."
+        )
+    )

@@ -1,0 +1,182 @@
+r"""The rows' gradients of a step against what the optimizer is about to use, and their products with the queries.
+
+Between the backward pass and ``optimizer.step`` a loop may scale all gradients by one number (clipping by norm, a loss
+scale, an average over micro-batches):
+
+    p.grad = c Σ_i g_i(p)   for every parameter p
+
+c is found by least squares over all parameters. What is left over is a gradient that no row brought, and is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tracin.errors import LoopError, NotFiniteError
+from tracin.gradients.agreement import relative_error, tolerance
+from tracin.gradients.blocks import Block, Convolution, Dense
+from tracin.gradients.products import dot
+from tracin.methods.online.tape import Segment
+
+__all__ = ["Captured", "captured", "common_factor", "row_products"]
+
+Blocks = dict[tuple[str, ...], Block]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A step's gradients: by micro-batch, and added up over all rows by parameter."""
+
+    segments: list[Segment]
+    totals: dict[str, Tensor]
+
+    @property
+    def rows(self) -> int:
+        """Rows over all micro-batches."""
+        return sum(segment.rows or 0 for segment in self.segments)
+
+    def scale(self, name: str) -> float:
+        """Σ_i ‖g_i‖ of a parameter: what was added up, which bounds how well a sum that cancels can agree."""
+        return sum(
+            float(block.squared_norm().sqrt().sum())
+            for segment in self.segments
+            for names, blocks in segment.blocks.items()
+            if name in names
+            for block in blocks
+        )
+
+
+def captured(
+    segments: Sequence[Segment], traced: Mapping[str, nn.Parameter], names: Sequence[str]
+) -> Captured:
+    """Add a step's gradients up.
+
+    Args:
+        segments: The micro-batches.
+        traced: Parameters by name.
+        names: Parameters whose gradients are read from the pass.
+
+    Returns:
+        The gradients; zeros for a parameter that no row used.
+    """
+    totals: dict[str, Tensor] = {}
+    for segment in segments:
+        for key, blocks in segment.blocks.items():
+            # Multiplied out once, for the sum here and the products with the queries later.
+            blocks[:] = [
+                Dense(block.materialise()) if isinstance(block, Convolution) else block for block in blocks
+            ]
+            for block in blocks:
+                sizes = [traced[name].numel() for name in key]
+                for name, value in zip(key, block.total().split(sizes), strict=True):
+                    totals[name] = totals[name] + value if name in totals else value
+    for name in names:
+        if name not in totals:
+            totals[name] = torch.zeros_like(traced[name]).detach().reshape(-1)
+    return Captured(list(segments), {name: totals[name] for name in names})
+
+
+def common_factor(found: Captured, traced: Mapping[str, nn.Parameter], dtype: torch.dtype) -> float:
+    """The number c with ``p.grad = c Σ_i g_i`` for every parameter.
+
+    Args:
+        found: The captured gradients.
+        traced: Parameters by name, with the gradients that the optimizer is about to use.
+        dtype: The least precise dtype of the arithmetic, which bounds how well the two can agree.
+
+    Returns:
+        c.
+
+    Raises:
+        LoopError: A parameter's gradient holds something else; the error names it.
+        NotFiniteError: A gradient is NaN or infinite.
+    """
+    actual = {name: _gradient(traced[name]) for name in found.totals}
+    pairs = {name: (total, actual[name].to(total.dtype)) for name, total in found.totals.items()}
+    products = torch.stack([torch.dot(mine, theirs) for mine, theirs in pairs.values()]).double()
+    squares = torch.stack([torch.dot(mine, mine) for mine, _ in pairs.values()]).double()
+    square, product = float(squares.sum()), float(products.sum())
+    if not (math.isfinite(square) and math.isfinite(product)):
+        raise NotFiniteError(
+            f"the gradient of {_not_finite(found, actual)} is NaN or infinite when the optimizer steps. Lower the learning rate, "
+            "or skip such steps."
+        )
+    factor = product / square if square > 0 else 1.0
+    errors = _errors(found, pairs, factor, dtype)
+    wrong = {name: error for name, error in errors.items() if error > tolerance(dtype)}
+    if not wrong:
+        return factor
+    # One wrong parameter moves the least-squares factor; most parameters agree on the median.
+    shares = torch.where(squares > 0, products / squares, torch.nan)
+    median = float(shares.nanmedian())
+    if math.isfinite(median):
+        again = _errors(found, pairs, median, dtype)
+        wrong = {name: error for name, error in again.items() if error > tolerance(dtype)} or wrong
+    name, error = max(wrong.items(), key=lambda item: item[1])
+    raise LoopError(
+        f"the gradient of {name} is off by {error:.1e} from the sum of its rows' gradients"
+        f"{f' ({len(wrong)} parameters in all)' if len(wrong) > 1 else ''}. One factor over all parameters is found and applied "
+        "(clipping by norm, a loss scale, accumulation); this is something else: a penalty in the loss, clipping by value or per "
+        "group, a backward pass outside the with block, gradients left from a step before, or randomness inside one module."
+    )
+
+
+def _errors(
+    found: Captured, pairs: Mapping[str, tuple[Tensor, Tensor]], factor: float, dtype: torch.dtype
+) -> dict[str, float]:
+    """Relative errors of the parameters that look wrong; those that agree at first sight are left out."""
+    norms = torch.stack([torch.linalg.vector_norm(theirs) for _, theirs in pairs.values()])
+    rest = torch.stack(
+        [torch.linalg.vector_norm(torch.sub(theirs, mine, alpha=factor)) for mine, theirs in pairs.values()]
+    )
+    agree = (rest <= tolerance(dtype) * norms).tolist()
+    total = float(torch.linalg.vector_norm(norms))
+    out = {}
+    for (name, (mine, theirs)), agreed in zip(pairs.items(), agree, strict=True):
+        if not agreed:
+            scale = abs(factor) * found.scale(name)
+            out[name] = relative_error(mine * factor, theirs, dtype, scale, total)
+    return out
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    gradient = parameter.grad
+    if gradient is None:
+        return torch.zeros_like(parameter).detach().reshape(-1)
+    return (gradient.to_dense() if gradient.layout != torch.strided else gradient).detach().reshape(-1)
+
+
+def _not_finite(found: Captured, actual: Mapping[str, Tensor]) -> str:
+    for name, total in found.totals.items():
+        if not bool(torch.isfinite(total).all() & torch.isfinite(actual[name]).all()):
+            return name
+    return "some parameter"
+
+
+def row_products(
+    segments: Sequence[Segment], queries: Mapping[tuple[str, ...], Block], like: Tensor
+) -> Tensor:
+    """Products of every row of a step with every query, [b, q].
+
+    Args:
+        segments: The micro-batches in forward order.
+        queries: The queries' gradients, times the own term's factors.
+        like: [q], of the products' dtype.
+
+    Returns:
+        The products in float64 on the CPU.
+    """
+    parts = []
+    for segment in segments:
+        total = like.new_zeros(segment.rows or 0, len(like))
+        for names, blocks in segment.blocks.items():
+            for block in blocks:
+                if names in queries:
+                    total += dot(block, queries[names])
+        parts.append(total.double().cpu())
+    return torch.cat(parts)

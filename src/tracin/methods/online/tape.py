@@ -1,0 +1,353 @@
+r"""What a training step shows: each row's gradient, read from the backward passes that training runs.
+
+Every micro-batch is one *segment*: one evaluation of the loss, with the calls of the modules that hold parameters. A
+hook on the node that made a call's output reads δ when the backward pass comes by, and the call's rule turns input and δ
+into the rows' gradients. δ carries whatever the training loss does with its rows: 1/b under a mean, the loss scale, the
+masks of dropout on the way.
+
+Under batch statistics a normalised input x̂ mixes the rows; the share of row i in γ's gradient is its own term
+:math:`\delta_i \hat x_i`, and the sum over the rows is the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd as _Dropout
+from torch.utils import _pytree as pytree
+
+from tracin.errors import LoopError
+from tracin.gradients import shared
+from tracin.gradients.agreement import accumulation_dtype, coarsest
+from tracin.gradients.blocks import Block, Dense
+from tracin.gradients.capture import Call, Tape, recording, tensors
+from tracin.gradients.engine import Keys
+from tracin.gradients.graph import walk
+from tracin.gradients.layout import Layout, to_rows
+from tracin.gradients.local import CallLayout
+from tracin.gradients.sites import LocalSite, RuleSite, Wiring, local_estimates, rule_blocks
+
+__all__ = ["Segment", "StepTape"]
+
+
+@dataclass
+class _Use:
+    """A recorded call: where it stands in its segment, its module's mode, and δ where it must wait."""
+
+    site: str
+    at: int
+    segment: Segment
+    training: bool
+    deltas: list[Tensor | None]
+    spent: bool = False
+
+
+@dataclass
+class Segment:
+    """One micro-batch: its calls by site, its rows once they are known, and their gradients."""
+
+    uses: dict[str, list[_Use]] = field(default_factory=dict)
+    rows: int | None = None
+    blocks: dict[tuple[str, ...], list[Block]] = field(default_factory=dict)
+
+    @property
+    def reached(self) -> bool:
+        """Whether a backward pass came by."""
+        return self.rows is not None
+
+    def add(self, names: tuple[str, ...], block: Block) -> None:
+        """One more block of these rows."""
+        self.blocks.setdefault(names, []).append(block)
+
+
+class StepTape:
+    """Records every micro-batch of one optimizer step, without a forward or backward pass of its own.
+
+    Args:
+        model: The model that trains.
+        traced: Its traced parameters.
+        wiring: Routes inside the model.
+        keys: Which parameters share a block.
+        calls_per_pass: Calls of the model in one evaluation of the loss; 0 where the loss calls its parts.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        traced: Mapping[str, nn.Parameter],
+        wiring: Wiring,
+        keys: Keys,
+        calls_per_pass: int,
+    ) -> None:
+        self._model, self._traced, self._wiring, self._keys = model, traced, wiring, keys
+        self._calls_per_pass = calls_per_pass
+        self._stack = ExitStack()
+        self._tape = Tape()
+        self._segments: list[Segment] = []
+        self.dtype = coarsest(p.dtype for p in traced.values())
+
+    def open(self) -> None:
+        """Put the hooks on."""
+        sites = {**({"": self._model} if self._watches_model else {}), **self._wiring.sites()}
+        self._tape = self._stack.enter_context(recording(sites, frozenset(self._wiring.locals)))
+        for site, module in sites.items():
+            handle = module.register_forward_hook(partial(self._called, site))
+            self._stack.callback(handle.remove)
+
+    def close(self) -> None:
+        """Take all hooks off."""
+        self._stack.close()
+
+    @property
+    def _watches_model(self) -> bool:
+        return bool(self._calls_per_pass or self._wiring.shared)
+
+    @property
+    def calls(self) -> int:
+        """Calls recorded so far."""
+        return sum(len(calls) for calls in self._tape.calls.values())
+
+    def segments(self) -> list[Segment]:
+        """The micro-batches that a backward pass reached, in forward order."""
+        return [segment for segment in self._segments if segment.reached]
+
+    def _called(self, site: str, module: nn.Module, _: Any, output: Any) -> None:
+        calls = self._tape.calls.get(site, [])
+        before = sum(len(segment.uses.get(site, [])) for segment in self._segments)
+        if self._tape.closed or len(calls) == before:
+            return
+        call = calls[-1]
+        segment = self._segment_of(site, before)
+        if segment is None:
+            return
+        use = _Use(site, before, segment, module.training, [None] * len(call.edges))
+        segment.uses.setdefault(site, []).append(use)
+        if site in self._wiring.locals:
+            _refuse_inner_randomness(self._wiring.locals[site])
+        if site in self._wiring.rules or site in self._wiring.locals:
+            for number, edge in enumerate(call.edges):
+                hook = partial(self._read, use, number, edge.output_nr)
+                self._stack.callback(edge.node.register_prehook(hook).remove)
+        if site == "" and self._wiring.shared:
+            self._watch_shared(segment, output)
+
+    def _segment_of(self, site: str, before: int) -> Segment | None:
+        if self._calls_per_pass:
+            done = len(self._tape.calls.get("", [])) - (site == "")
+            index = done // self._calls_per_pass
+        else:
+            layouts = self._layouts(site)
+            if not layouts:
+                return None
+            index = before // len(layouts)
+        while len(self._segments) <= index:
+            self._segments.append(Segment())
+        return self._segments[index]
+
+    def _layouts(self, site: str) -> tuple[CallLayout, ...]:
+        found = self._wiring.rules.get(site) or self._wiring.locals.get(site)
+        return found.layouts if found is not None else ()
+
+    def _read(self, use: _Use, number: int, output: int, gradients: Any) -> None:
+        delta = gradients[output]
+        if delta is None or self._tape.closed:
+            return
+        delta = delta.detach()
+        self.dtype = coarsest([self.dtype, delta.dtype])
+        call = self._tape.calls[use.site][use.at]
+        n = self._rows_of(use.segment)
+        if use.site in self._wiring.locals:
+            held = use.deltas[number]
+            use.deltas[number] = delta.clone() if held is None else held + delta
+        site = self._wiring.rules.get(use.site)
+        if site is None:
+            return
+        if use.spent:
+            raise LoopError(
+                f"two backward passes ran through one forward pass ({use.site}). Add the losses up and call backward once."
+            )
+        if not call.intact():
+            raise LoopError(
+                f"the input of {use.site} was changed in place after the layer had read it. Use inplace=False there."
+            )
+        layout = self._layout(use, call, n)
+        norm = site.module
+        if isinstance(norm, _BatchNorm) and (use.training or norm.running_mean is None):
+            found = _batch_statistics(site, call, layout, delta, n)
+        else:
+            found = rule_blocks(site, call, layout, delta, n, self._keys.groups(site))
+        for names, block in found.items():
+            use.segment.add(names, block)
+        use.spent = True
+        # What the blocks do not hold can be freed while the backward pass goes on.
+        self._tape.calls[use.site][use.at] = replace(call, args=(), kwargs={}, versions=())
+
+    def _rows_of(self, segment: Segment) -> int:
+        """Rows of a micro-batch, from the first call whose rows stand one by one on an axis."""
+        if segment.rows is None:
+            found = [
+                (call.shapes[number][layout.axis], layout.per_row)
+                for site, uses in segment.uses.items()
+                for use in uses
+                for call in [self._tape.calls[site][use.at]]
+                for number, layout in enumerate(self._probed(use).outputs if self._layouts(site) else ())
+                if number < len(call.shapes) and layout.axis < len(call.shapes[number])
+            ]
+            whole = {size for size, per_row in found if per_row == 1}
+            if len(whole) > 1:
+                raise LoopError(
+                    f"the layers of one forward pass saw {sorted(whole)} rows: the model drops or repeats rows in training, so "
+                    "they cannot be matched with ids."
+                )
+            segment.rows = whole.pop() if whole else found[0][0] // found[0][1]
+        return segment.rows
+
+    def _probed(self, use: _Use) -> CallLayout:
+        """The layout that the probe found for this call."""
+        layouts, uses = self._layouts(use.site), use.segment.uses[use.site]
+        position = next(at for at, other in enumerate(uses) if other is use)
+        if len(uses) == len(layouts):
+            return layouts[position]
+        if len(set(layouts)) == 1:
+            return layouts[0]
+        raise LoopError(
+            f"{use.site or 'the model'} was called {len(uses)} times in a forward pass and {len(layouts)} times on the queries, "
+            "each time with rows elsewhere. Train with the same calls, or leave it out with Task(parameters=...)."
+        )
+
+    def _layout(self, use: _Use, call: Call, n: int) -> CallLayout:
+        """The probe's layout, with as many entries per row as this micro-batch has."""
+        layout = self._probed(use)
+        inputs = tensors(call.args, call.kwargs)
+        if len(inputs) != len(layout.inputs) or len(call.shapes) != len(layout.outputs):
+            raise LoopError(f"{use.site or 'the model'} was called with other inputs than on the queries.")
+        return CallLayout(
+            tuple(
+                None if lay is None else _fitted(use.site, lay, x.shape, n)
+                for lay, x in zip(layout.inputs, inputs, strict=True)
+            ),
+            tuple(
+                _fitted(use.site, lay, shape, n)
+                for lay, shape in zip(layout.outputs, call.shapes, strict=True)
+            ),
+        )
+
+    def _watch_shared(self, segment: Segment, output: Any) -> None:
+        """Find where shared parameters meet the rows, while the graph holds its tensors, and read δ there."""
+        edges = self._tape.calls[""][-1].edges
+        graph = walk(_first(output), {name: self._traced[name] for name in self._wiring.shared})
+        n = self._rows_of(segment)
+        for name, site in self._wiring.shared.items():
+            places = shared.meetings(site, graph, n)
+            if places is None or not edges:
+                raise LoopError(
+                    f"{name} met the rows elsewhere in the graph than it did on the queries. "
+                    "Leave it out with Task(parameters=...)."
+                )
+            for place in places:
+                hook = partial(self._read_shared, segment, name, graph.leaves[name], place)
+                self._stack.callback(place.edge.node.register_prehook(hook).remove)
+
+    def _read_shared(
+        self, segment: Segment, name: str, leaf: Any, place: shared.Meeting, gradients: Any
+    ) -> None:
+        delta = gradients[place.edge.output_nr]
+        if delta is None or self._tape.closed:
+            return
+        n = self._rows_of(segment)
+        # One place at a time, as the backward pass frees what made the shared tensor when it has passed.
+        values = shared.gradients(leaf, self._traced[name], [place], [delta.detach()], n).detach()
+        values = values.reshape(n, -1)
+        segment.add((name,), Dense(values.to(accumulation_dtype(values.dtype))))
+
+    def finish(self) -> None:
+        """Run the modules under vmap, whose δ is complete now. The model must be in eval mode and guarded."""
+        for segment in self.segments():
+            for name, site in self._wiring.locals.items():
+                uses = segment.uses.get(name, [])
+                if any(delta is not None for use in uses for delta in use.deltas):
+                    self._finish(segment, site, uses)
+
+    def _finish(self, segment: Segment, site: LocalSite, uses: list[_Use]) -> None:
+        n = self._rows_of(segment)
+        calls = [self._tape.calls[site.site][use.at] for use in uses]
+        layouts = tuple(self._layout(use, call, n) for use, call in zip(uses, calls, strict=True))
+        try:
+            found = local_estimates(
+                replace(site, layouts=layouts), calls, [use.deltas for use in uses], n, self._traced
+            )
+        # The probe ran this module under vmap; on this batch it raises what it likes.
+        except Exception as error:
+            raise LoopError(
+                f"{site.site or 'the model'} ({type(site.module).__name__}) cannot be run row by row on this batch: "
+                f"{str(error).splitlines()[0][:160]}. Leave {', '.join(site.names)} out with Task(parameters=...)."
+            ) from error
+        for parameter, values in found.items():
+            segment.add((parameter,), Dense(values))
+
+
+def _refuse_inner_randomness(site: LocalSite) -> None:
+    """A module under vmap is run again row by row: what it draws, or averages over the batch, cannot come back."""
+    for name, module in site.module.named_modules():
+        if not module.training:
+            continue
+        where = f"{site.site}.{name}".strip(".") or "the model"
+        drawn = isinstance(module, _Dropout) and module.p > 0
+        drawn |= isinstance(module, nn.RNNBase) and module.dropout > 0 and module.num_layers > 1
+        drawn |= isinstance(module, nn.MultiheadAttention) and module.dropout > 0
+        if drawn:
+            raise LoopError(
+                f"{', '.join(site.names)}: {site.site or 'the model'} is run again row by row, and {where} drops out at random "
+                "inside it. Set dropout=0 there and put nn.Dropout between layers, or leave these out with Task(parameters=...)."
+            )
+        if isinstance(module, _BatchNorm):
+            raise LoopError(
+                f"{', '.join(site.names)}: {site.site or 'the model'} is run again row by row, and {where} averages over the "
+                "batch inside it. Put the batch norm into eval mode, or leave these out with Task(parameters=...)."
+            )
+
+
+def _first(output: Any) -> Tensor:
+    """The first differentiable tensor of an output."""
+    leaves = pytree.tree_leaves(output)
+    return next(leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad)
+
+
+def _fitted(site: str, layout: Layout, shape: torch.Size, n: int) -> Layout:
+    if layout.fits(shape, n):
+        return layout
+    size = shape[layout.axis] if layout.axis < len(shape) else 0
+    if layout.per_row > 1 and n and size and size % n == 0:
+        return replace(layout, per_row=size // n)
+    raise LoopError(
+        f"{site or 'the model'} saw a tensor {list(shape)} for {n} rows: its rows stand elsewhere than on the queries."
+    )
+
+
+def _batch_statistics(
+    site: RuleSite, call: Call, layout: CallLayout, delta: Tensor, n: int
+) -> dict[tuple[str, ...], Block]:
+    """Own terms δ_i x̂_i and δ_i of a batch norm that normalises by its batch."""
+    x = (call.args[0] if call.args else call.kwargs["input"]).detach()
+    eps: Any = site.module.eps
+    if layout.inputs[0] is None:
+        raise LoopError(f"{site.site}: the rows are not an axis of its input.")
+    wide = accumulation_dtype(delta.dtype)
+    d = to_rows(delta, layout.outputs[0], n).to(wide)  # [n, k, c, ...]
+    summed = tuple(axis for axis in range(1, d.dim()) if axis != 2)
+    out: dict[tuple[str, ...], Block] = {}
+    if "weight" in site.roles:
+        normalised = F.batch_norm(x.to(wide), None, None, None, None, True, 0.0, eps)
+        product = to_rows(normalised, layout.inputs[0], n) * d
+        out[site.roles["weight"],] = Dense(product.sum(summed))
+    if "bias" in site.roles:
+        out[site.roles["bias"],] = Dense(d.sum(summed))
+    return out
