@@ -63,4 +63,6 @@ $(DEMO_STAMP): pyproject.toml $(TORCH_STAMP)
 
 $(DEV_STAMP): pyproject.toml $(TORCH_STAMP)
 	$(PIP) install --editable '.[all,dev]'
+	# A judge of our EK-FAC. Its dependencies would bring torchvision, which the test does without.
+	$(PIP) install --no-deps curvlinops-for-pytorch einops einconv linear_operator
 	touch $@ $(DEMO_STAMP)

@@ -260,3 +260,21 @@ def test_correlation_with_exact(record_property: Callable[[str, object], None]) 
     record_property("pearson_ekfac_exact", pearson)
     print(f"Pearson with exact: ekfac {pearson:.3f}, no curvature {without:.3f}")
     assert max(without, 0.0) + 0.2 < pearson < 1.0 - 1e-6
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "layer norm"])
+def test_self_influence_from_factors_is_the_diagonal_of_the_scores(name: str) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        norm = nn.Sequential(
+            nn.Linear(4, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 3, bias=False)
+        ).double()
+    model, batch = {
+        "mlp": (mlp(), flat_rows(N, 1)),
+        "cnn": (cnn(), pictures(N, 1)),
+        "layer norm": (norm, flat_rows(N, 1)),
+    }[name]
+    task, at = tracin.Task(model, tracin.losses.cross_entropy), tracin.Checkpoint(model.state_dict())
+    method = tracin.InfluenceFunctions(task, at, solver="ekfac", batch_size=8, device="cpu", progress=False)
+    own, scores = method.self_influence(batch).values, method.influence(batch, batch).values
+    assert off(own, scores.diagonal()) < 1e-12

@@ -21,7 +21,7 @@ from tracin.errors import (
     NotFiniteError,
     OptionError,
 )
-from tracin.methods.head_fit import fit_head
+from tracin.methods.representer_points.refit import fit_head
 
 N, M, C, D = 23, 7, 3, 5
 WEIGHTS = torch.tensor([0.5, 1.0, 2.5])

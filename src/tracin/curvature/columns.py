@@ -39,12 +39,18 @@ class Use:
     layout: CallLayout
     delta: Tensor | None
 
-    def rows(self, n: int) -> tuple[Tensor, Tensor]:
-        """Input and δ as [n, k, ...]."""
+    def input_rows(self, n: int) -> Tensor:
+        """The input as [n, k, ...]."""
         x = self.call.args[0] if self.call.args else self.call.kwargs["input"]
         assert self.layout.inputs[0] is not None
-        assert self.delta is not None
-        return to_rows(x, self.layout.inputs[0], n), to_rows(self.delta, self.layout.outputs[0], n)
+        return to_rows(x, self.layout.inputs[0], n)
+
+    def delta_rows(self, n: int) -> Tensor:
+        """δ as [n, k, ...]; zeros where the column does not reach the call."""
+        delta = self.delta
+        if delta is None:
+            delta = next(self.site.module.parameters()).new_zeros(self.call.shapes[0])
+        return to_rows(delta, self.layout.outputs[0], n)
 
 
 @dataclass(frozen=True)

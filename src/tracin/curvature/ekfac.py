@@ -16,7 +16,8 @@ to be zero. The trace is exact.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from tracin.curvature.columns import Column, Columns
 from tracin.curvature.vectors import Vectors
 from tracin.errors import ModelError, NotFiniteError, OptionError
-from tracin.gradients.blocks import tiles
+from tracin.gradients.blocks import Block, Outer, tiles
 from tracin.gradients.rules import convolution_block
 from tracin.gradients.sites import RuleSite
 from tracin.shapes import Float
@@ -52,6 +53,18 @@ class Eigenbasis:
         if self.right is None:
             return gradients @ self.left
         return self.left.mT @ self._matrix(gradients) @ self.right
+
+    def rotate_block(self, block: Block) -> Tensor:
+        """As ``rotate``, from a batch's block: a layer's two factors are rotated before they are multiplied out."""
+        cheaper = isinstance(block, Outer) and block.uses * sum(self.values.shape) < math.prod(
+            self.values.shape
+        )
+        if self.right is None or not isinstance(block, Outer) or not cheaper:
+            return self.rotate(block.materialise().to(self.left.dtype))
+        a = block.a
+        if block.bias is not None:
+            a = torch.cat([a, a.new_full((*a.shape[:2], 1), block.bias)], 2)
+        return (block.d.to(self.left.dtype) @ self.left).mT @ (a.to(self.left.dtype) @ self.right)
 
     def back(self, rotated: Tensor) -> Float[Tensor, "n p"]:
         """The inverse of ``rotate``."""
@@ -108,24 +121,46 @@ def _refuse(columns: Columns, memory: int) -> None:
         )
 
 
-def _factors(site: RuleSite, column: Column) -> tuple[Tensor, Tensor] | None:
-    """a [n, t, i] with the bias's ones, and δ [n, t, o], of all uses of a layer."""
-    inputs, deltas = [], []
+def _inputs(site: RuleSite, column: Column) -> Tensor:
+    """a [n, t, i] of all uses of a layer, with the bias's ones; the same for every column of a batch."""
+    parts = []
     for use in column.uses:
-        if use.site is not site or use.delta is None:
+        if use.site is not site:
             continue
-        x, d = use.rows(column.n)
+        x = use.input_rows(column.n)
         if isinstance(site.module, nn.Linear):
-            a, d = x.reshape(column.n, -1, x.shape[-1]), d.reshape(column.n, -1, d.shape[-1])
+            parts.append(x.reshape(column.n, -1, x.shape[-1]))
         else:
-            outer = convolution_block(site.module, x, d).outer()  # type: ignore[arg-type]
-            a, d = outer.a, outer.d
-        inputs.append(a)
-        deltas.append(d)
-    if not inputs:
-        return None
-    a, d = torch.cat(inputs, 1), torch.cat(deltas, 1)
-    return (torch.cat([a, a.new_ones(*a.shape[:2], 1)], 2) if "bias" in site.roles else a), d
+            parts.append(convolution_block(site.module, x, use.delta_rows(column.n)).outer().a)  # type: ignore[arg-type]
+    a = torch.cat(parts, 1)
+    return torch.cat([a, a.new_ones(*a.shape[:2], 1)], 2) if "bias" in site.roles else a
+
+
+def _deltas(site: RuleSite, column: Column) -> Tensor:
+    """δ [n, t, o] of all uses of a layer."""
+    parts = []
+    for use in column.uses:
+        if use.site is not site:
+            continue
+        d = use.delta_rows(column.n)
+        if not isinstance(site.module, nn.Linear):
+            d = d.flatten(3).mT  # [n, k, pixels, o]
+        parts.append(d.reshape(column.n, -1, d.shape[-1]))
+    return torch.cat(parts, 1)
+
+
+def _called(sites: dict[str, RuleSite], column: Column) -> Iterator[tuple[str, RuleSite]]:
+    """The layers that the batch calls."""
+    for name, site in sites.items():
+        if any(use.site is site for use in column.uses):
+            yield name, site
+
+
+def _used(sites: dict[str, RuleSite], column: Column) -> Iterator[tuple[str, RuleSite]]:
+    """The layers that the column reaches."""
+    for name, site in sites.items():
+        if any(use.site is site and use.delta is not None for use in column.uses):
+            yield name, site
 
 
 def _dense_parts(site: RuleSite, column: Column) -> Iterator[tuple[str, Tensor]]:
@@ -184,14 +219,12 @@ def _covariances(
 ) -> dict[Any, Tensor]:
     sums = _Sums()
     for column in columns:
-        for name, site in kronecker.items():
-            found = _factors(site, column)
-            if found is None:
-                continue
-            a, d = (x.flatten(0, 1) for x in found)
-            # a is the same in every column of a batch; the basis does not care how often it counts.
-            if column.number == 0:
+        if column.number == 0:
+            for name, site in _called(kronecker, column):
+                a = _inputs(site, column).flatten(0, 1)
                 sums.add((name, "A"), a.mT @ a)
+        for name, site in _used(kronecker, column):
+            d = _deltas(site, column).flatten(0, 1)
             sums.add((name, "G"), d.mT @ d)
         for site in others.values():
             for name, values in _dense_parts(site, column):
@@ -205,13 +238,16 @@ def _corrected(
 ) -> list[Eigenbasis]:
     """Mean squares of per-example gradients in the bases."""
     sums = _Sums()
+    rotated: dict[str, Tensor] = {}
     for column in columns:
-        for name, site in kronecker.items():
-            found = _factors(site, column)
-            if found is None:
-                continue
-            a, d = found
-            a, d = a @ bases[name, "A"].to(a.dtype), d @ bases[name, "G"].to(d.dtype)
+        if column.number == 0:
+            rotated = {}
+        for name, site in _used(kronecker, column):
+            if name not in rotated:
+                a = _inputs(site, column)
+                rotated[name] = a @ bases[name, "A"].to(a.dtype)
+            a, d = rotated[name], _deltas(site, column)
+            d = d @ bases[name, "G"].to(d.dtype)
             if a.shape[1] == 1:
                 sums.add(name, d[:, 0].square().mT @ a[:, 0].square())
                 continue
@@ -276,6 +312,34 @@ class EkfacSolver:
             if name not in seen:
                 total += gradients[:, place].square().sum(1) / self.damping
         return total
+
+    def quadratic_of(self, blocks: Mapping[tuple[str, ...], Block], n: int) -> Float[Tensor, " n"]:
+        """As ``quadratic``, from a batch's blocks: layers whose block is two factors are rotated before multiplying out."""
+        total = self._vectors.tensors[0].new_zeros(n, dtype=torch.float64)
+        left = dict(blocks)
+        for basis in self._bases:
+            own = [names for names in left if set(names) <= set(basis.names)]
+            held = {names: left.pop(names) for names in own}
+            if not held:
+                continue
+            for start, stop in tiles(n, basis.values.numel()):
+                rotated = self._rotated(basis, {k: block.rows(start, stop) for k, block in held.items()})
+                total[start:stop] += (rotated.square() / (basis.values + self.damping)).flatten(1).sum(1)
+        for block in left.values():
+            total += block.squared_norm() / self.damping
+        return total
+
+    def _rotated(self, basis: Eigenbasis, held: Mapping[tuple[str, ...], Block]) -> Tensor:
+        if basis.names in held:
+            return basis.rotate_block(held[basis.names])
+        n = len(next(iter(held.values())))
+        parts = [
+            held[name,].materialise().to(self._dtype)
+            if (name,) in held
+            else basis.left.new_zeros(n, self._vectors.parameters[name].numel())
+            for name in basis.names
+        ]
+        return basis.rotate(torch.cat(parts, 1))
 
     def _part(self, flat: Tensor, basis: Eigenbasis) -> Tensor:
         places = self._vectors.slices()

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from tracin.curvature.ekfac import EkfacSolver
 from tracin.curvature.solvers import Prepared
 from tracin.curvature.vectors import Vectors
 from tracin.data import Batch
@@ -116,12 +117,18 @@ def self_influence(run: Run, prepared: Prepared, vectors: Vectors) -> Tensor:
     with progress("self-influence", len(values), show=run.settings.progress) as bar:
         for batch, value in run.batches(run.train):
             found = run.gradients(run.train, batch, value)
-            parts = [
-                prepared.solver.quadratic(flat)
-                for _, flat in _pieces(run, vectors, found, batch, rows, "train")
-            ]
-            part = torch.cat(parts).to(run.dtype)
+            part = _quadratic(run, prepared, vectors, found, batch, rows).to(run.dtype)
             refuse_products(part, found, batch, f"train, {run.where}")
             values[batch.start : batch.start + batch.size] = part.cpu()
             bar.advance(batch.size)
     return values
+
+
+def _quadratic(
+    run: Run, prepared: Prepared, vectors: Vectors, found: BatchGradients, batch: Batch, rows: int
+) -> Tensor:
+    """gᵀ (C + λI)⁻¹ g of a batch; EKFAC rotates factors where it can, so that nothing is multiplied out twice."""
+    if isinstance(prepared.solver, EkfacSolver):
+        return prepared.solver.quadratic_of(found.blocks, batch.size)
+    pieces = _pieces(run, vectors, found, batch, rows, "train")
+    return torch.cat([prepared.solver.quadratic(flat) for _, flat in pieces])

@@ -16,9 +16,9 @@ from tracin.errors import AdaptiveOptimizerWarning, OptionError
 from tracin.gradients.projection import Projection
 from tracin.methods.provenance import provenance
 from tracin.methods.settings import checked_settings, require_task
+from tracin.methods.within import allowed_rows
 from tracin.results import Ranking, Scores, SelfInfluence, TopK
 from tracin.scoring import passes, top_k
-from tracin.scoring.evaluation import evaluate
 from tracin.scoring.plan import Plan, plan
 from tracin.scoring.run import Run, opened
 from tracin.scoring.verification import Verification, verify
@@ -149,7 +149,8 @@ class TracInCP:
         Raises:
             OptionError: k is out of range, or a class has fewer than k rows.
         """
-        allowed = self._allowed(train, queries, k, within)
+        last = self.trajectory[len(self.trajectory) - 1]
+        allowed = allowed_rows(self.task, last, self.settings, train, queries, k, within)
         with opened(self.task, self.trajectory, self.settings, train, queries) as run:
             high, low = top_k.top_k(run, k, allowed)
             provenance = {**self.provenance(run, "top_k"), "k": k, "within": within}
@@ -206,26 +207,6 @@ class TracInCP:
         """
         with opened(self.task, self.trajectory, self.settings, train, queries) as run:
             return plan(run)
-
-    def _allowed(self, train: Any, queries: Any, k: int, within: str | int | None) -> Tensor | None:
-        if within is None:
-            return None
-        options = {k: v for k, v in vars(self.settings).items() if k in ("batch_size", "collate", "device")}
-        last = Trajectory([self.trajectory[len(self.trajectory) - 1]])
-        labels = evaluate(self.task, last, train, name="train", **options).labels
-        asked = evaluate(self.task, last, queries, **options).labels
-        if labels is None or asked is None:
-            raise OptionError(
-                "within= needs labels: give Task(outputs=...), or use a ready-made classification loss."
-            )
-        if within != "label" and (isinstance(within, bool) or not isinstance(within, int)):
-            raise OptionError(f"within is {within!r}: give None, 'label' or a class number.")
-        wanted = asked if within == "label" else torch.full_like(asked, int(within))
-        for cls in wanted.unique().tolist():
-            count = int((labels == cls).sum())
-            if count < k:
-                raise OptionError(f"k is {k}, but only {count} train rows have class {cls}.")
-        return wanted[:, None] == labels[None, :]
 
     def provenance(self, run: Run, verb: str) -> dict[str, Any]:
         """What a result of this method was made from.

@@ -34,6 +34,23 @@ class Measured:
     cpu_seconds: float = 0.0
     peak_bytes: int | None = None
 
+    def after(self, other: Measured, share: float = 1.0) -> Measured:
+        """This work and one that it was built on.
+
+        Args:
+            other: What the other one took.
+            share: The part of it that this work needed.
+
+        Returns:
+            The sum of the times, and the higher of the peaks.
+        """
+        peaks = [peak for peak in (self.peak_bytes, other.peak_bytes) if peak is not None]
+        return Measured(
+            self.seconds + share * other.seconds,
+            self.cpu_seconds + share * other.cpu_seconds,
+            max(peaks) if peaks else None,
+        )
+
 
 @contextmanager
 def measured() -> Iterator[Measured]:

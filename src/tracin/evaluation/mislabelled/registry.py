@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from tracin.checkpoints import Trajectory
 from tracin.errors import OptionError
 from tracin.evaluation import baselines
 from tracin.evaluation.mislabelled.data import Rows
+from tracin.evaluation.mislabelled.measure import Measured, measured
 from tracin.evaluation.neighbours import neighbour_suspicion
 from tracin.evaluation.out_of_fold import self_confidence
 from tracin.methods import InfluenceFunctions, RepresenterPoints, TracInCP
@@ -20,7 +22,7 @@ from tracin.scoring.evaluation import Evaluation, evaluate
 from tracin.scoring.head import find_head
 from tracin.tasks import Task
 
-__all__ = ["FAMILIES", "METHODS", "Context", "Cost", "Method", "named"]
+__all__ = ["FAMILIES", "METHODS", "PASSES", "Context", "Cost", "Method", "named"]
 
 Family = Literal["tracin", "rival", "forward", "other"]
 FOLDS = 5
@@ -40,6 +42,7 @@ class Context:
         fit: Trains the study's model anew on some rows, for methods that need other models.
         device: Where to run.
         memory: Bound on held gradients.
+        shared: What several methods read, by the name of the pass that made it, and what it took.
     """
 
     task: Task
@@ -50,6 +53,22 @@ class Context:
     fit: Callable[[Rows, int], Trajectory]
     device: str = "auto"
     memory: str = "2GiB"
+    shared: dict[str, tuple[Any, Measured]] = field(default_factory=dict)
+
+    def read(self, name: str) -> Any:
+        """What a shared pass made; run now if no method asked for it before.
+
+        Args:
+            name: One of ``PASSES``.
+
+        Returns:
+            Its result.
+        """
+        if name not in self.shared:
+            with measured() as taken:
+                made = PASSES[name](self)
+            self.shared[name] = made, taken
+        return self.shared[name][0]
 
     @property
     def last(self) -> Trajectory:
@@ -88,7 +107,9 @@ class Method:
         told: What it does, in a line.
         family: For the figure.
         score: Suspicion of every training row [n].
-        cost: About how long it takes.
+        cost: About how long it takes; a shared pass counts where it is run first.
+        reads: The shared pass that it reads, if any.
+        last_alone: Whether it reads the last checkpoint's part of that pass alone.
     """
 
     name: str
@@ -96,6 +117,8 @@ class Method:
     family: Family
     score: Score
     cost: Cost
+    reads: str | None = None
+    last_alone: bool = False
 
 
 def named(names: Sequence[str]) -> tuple[str, ...]:
@@ -125,16 +148,27 @@ def _own_influence(context: Context, task: Task, trajectory: Trajectory, weighti
     return method.self_influence(context.train).values
 
 
+def _own_by_checkpoint(context: Context) -> Tensor:
+    """‖g_c(z)‖² of every row at each checkpoint [c, n], of which each weighting makes its sum."""
+    each = [context.trajectory[at : at + 1] for at in range(len(context.trajectory))]
+    return torch.stack([_own_influence(context, context.task, one, "uniform") for one in each])
+
+
 def _tracin(weighting: str) -> Score:
     def score(context: Context) -> Tensor:
-        return _own_influence(context, context.task, context.trajectory, weighting)
+        names = list(context.task.select().traced)
+        rates = [set(checkpoint.rates(weighting, names).values()) for checkpoint in context.trajectory]
+        if any(len(found) > 1 for found in rates):  # rates of their own for some parameters
+            return _own_influence(context, context.task, context.trajectory, weighting)
+        own = context.read(OWN_INFLUENCE)
+        return torch.tensor([found.pop() for found in rates], dtype=own.dtype) @ own
 
     return score
 
 
 def _tracin_last(context: Context) -> Tensor:
     # One checkpoint: its rate scales all scores alike.
-    return _own_influence(context, context.task, context.last, "uniform")
+    return context.read(OWN_INFLUENCE)[-1]
 
 
 def _tracin_last_layer(context: Context) -> Tensor:
@@ -149,6 +183,8 @@ def _influence(context: Context) -> Tensor:
         context.task,
         context.last[0],
         solver="ekfac",
+        samples=1,  # ranks as the exact expectation does, which takes a backward pass per class
+        seed=context.seed,
         device=context.device,
         memory=context.memory,
         progress=False,
@@ -167,18 +203,20 @@ def _evaluated(context: Context, trajectory: Trajectory) -> Evaluation:
     return evaluate(context.task, trajectory, context.train, name="train", device=context.device)
 
 
-def _on_all(judge: Callable[[Evaluation], Tensor]) -> Score:
+def _along(context: Context) -> Evaluation:
+    return _evaluated(context, context.trajectory)
+
+
+def _judged(judge: Callable[[Evaluation], Tensor]) -> Score:
     def score(context: Context) -> Tensor:
-        return judge(_evaluated(context, context.trajectory))
+        return judge(context.read(FORWARD))
 
     return score
 
 
-def _on_last(judge: Callable[[Evaluation], Tensor]) -> Score:
-    def score(context: Context) -> Tensor:
-        return judge(_evaluated(context, context.last))
-
-    return score
+OWN_INFLUENCE, FORWARD = "self-influence by checkpoint", "forward passes"
+PASSES: dict[str, Callable[[Context], Any]] = {OWN_INFLUENCE: _own_by_checkpoint, FORWARD: _along}
+"""What several methods read."""
 
 
 def _gradient_norm(context: Context) -> Tensor:
@@ -212,16 +250,26 @@ def _knn(context: Context) -> Tensor:
 
 
 _ALL = [
-    Method("tracin", "self-influence, last rates", "tracin", _tracin("learning_rate"), Cost(checkpoint=1.0)),
+    Method(
+        "tracin",
+        "self-influence, last rates",
+        "tracin",
+        _tracin("learning_rate"),
+        Cost(checkpoint=1.0),
+        OWN_INFLUENCE,
+    ),
     Method(
         "tracin-integrated",
         "self-influence, summed rates",
         "tracin",
         _tracin("integrated"),
-        Cost(checkpoint=1.0),
+        Cost(),
+        OWN_INFLUENCE,
     ),
-    Method("tracin-uniform", "self-influence, no rates", "tracin", _tracin("uniform"), Cost(checkpoint=1.0)),
-    Method("tracin-last", "self-influence, last checkpoint", "tracin", _tracin_last, Cost(fixed=1.0)),
+    Method("tracin-uniform", "self-influence, no rates", "tracin", _tracin("uniform"), Cost(), OWN_INFLUENCE),
+    Method(
+        "tracin-last", "self-influence, last checkpoint", "tracin", _tracin_last, Cost(), OWN_INFLUENCE, True
+    ),
     Method(
         "tracin-last-layer",
         "self-influence, last layer",
@@ -229,14 +277,14 @@ _ALL = [
         _tracin_last_layer,
         Cost(checkpoint=0.5),
     ),
-    Method("influence", "influence functions, EKFAC", "rival", _influence, Cost(fixed=45.0)),
+    Method("influence", "influence functions, EKFAC", "rival", _influence, Cost(fixed=20.0)),
     Method("representer", "representer points, own label", "rival", _representer, Cost(fixed=1.5)),
     Method("gradient-norm", "norm of the last gradient", "rival", _gradient_norm, Cost(fixed=1.0)),
-    Method("loss", "mean loss", "forward", _on_all(baselines.mean_loss), Cost(checkpoint=0.9)),
-    Method("loss-last", "last loss", "forward", _on_last(baselines.last_loss), Cost(fixed=0.9)),
-    Method("margin", "last margin", "forward", _on_last(baselines.margin), Cost(fixed=0.9)),
-    Method("aum", "mean margin", "forward", _on_all(baselines.area_under_margin), Cost(checkpoint=0.9)),
-    Method("forgetting", "times forgotten", "forward", _on_all(baselines.forgetting), Cost(checkpoint=0.9)),
+    Method("loss", "mean loss", "forward", _judged(baselines.mean_loss), Cost(checkpoint=0.9), FORWARD),
+    Method("loss-last", "last loss", "forward", _judged(baselines.last_loss), Cost(), FORWARD, True),
+    Method("margin", "last margin", "forward", _judged(baselines.margin), Cost(), FORWARD, True),
+    Method("aum", "mean margin", "forward", _judged(baselines.area_under_margin), Cost(), FORWARD),
+    Method("forgetting", "times forgotten", "forward", _judged(baselines.forgetting), Cost(), FORWARD),
     Method("confidence", "of models that did not see the row", "other", _confidence, Cost(epoch=FOLDS - 1.0)),
     Method("knn", "nearest neighbours that disagree", "other", _knn, Cost(fixed=2.0)),
 ]

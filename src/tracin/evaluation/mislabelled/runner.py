@@ -47,7 +47,8 @@ def run_study(
 ) -> StudyResult:
     """Plant flips, train, run every method on the same checkpoints, and judge what each ranks first.
 
-    Each method runs alone, with its own forward passes, so that its seconds and memory are its own. After each one
+    Methods run one after the other. Those that read the same pass, such as the three weightings, share it, and each is
+    charged for it; one that reads the last checkpoint alone, for that checkpoint's part of it. After each method
     the cell is written to ``folder/cells``; called again with the same folder, the study goes on from there. A method
     that refuses, or lacks a package, is kept with its reason and tried again by the next call.
 
@@ -247,11 +248,17 @@ class _Runner:
         )
 
     def _method(self, name: str, context: Context, planted: Tensor) -> tuple[Found, Tensor | None]:
+        method = METHODS[name]
         try:
+            if method.reads is not None:
+                context.read(method.reads)
             with measured() as taken:
-                scores = METHODS[name].score(context).detach().cpu().double()
+                scores = method.score(context).detach().cpu().double()
         except TracinError as error:
             return Found(not_run=" ".join(str(error).split())), None
+        if method.reads is not None:
+            share = 1 / len(context.trajectory) if method.last_alone else 1.0
+            taken = taken.after(context.shared[method.reads][1], share)
         return found_of(scores, planted, taken), scores
 
     def _discard(self, key: CellKey) -> None:

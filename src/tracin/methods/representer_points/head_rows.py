@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 
 from tracin.data import Batch, RowSource, row_checksums, same_checksums, to_device
 from tracin.errors import DataError, OptionError
-from tracin.methods.head_fit import HeadFit, fit_head
-from tracin.methods.head_loss import HeadLoss, check_loss, find_place, kept_for_loss
+from tracin.methods.representer_points.head_loss import HeadLoss, check_loss, find_place, kept_for_loss
+from tracin.methods.representer_points.refit import HeadFit, fit_head
 from tracin.progress import progress
 from tracin.scoring.head import HeadRows, refuse_unsteady, see_head
 from tracin.shapes import Float, Int

@@ -15,8 +15,8 @@ from tracin.checkpoints import Checkpoint, Trajectory
 from tracin.data import BatchSize, open_rows
 from tracin.errors import OptionError
 from tracin.gradients.agreement import accumulation_dtype
-from tracin.methods.head_rows import HeadReader, Refit, refit_head, with_constant
 from tracin.methods.provenance import versions
+from tracin.methods.representer_points.head_rows import HeadReader, Refit, refit_head, with_constant
 from tracin.methods.settings import checked_settings, require_task
 from tracin.results import Ranking, Scores, SelfInfluence, TopK
 from tracin.scoring.guard import LoadedModel, guarded
