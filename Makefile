@@ -4,6 +4,7 @@
 #   make check   format, lint, types, layers
 #   make docs    docs/_build/html/index.html
 #   make bench   speed, as ratios to one plain forward and backward pass
+#   make study   who finds planted label flips first, on Fashion-MNIST; hours
 #   make clean   what the targets wrote, .venv excepted
 # TORCH is what pip installs as torch (TORCH=torch==2.13.0); PYTHON makes .venv where there is none.
 
@@ -18,7 +19,7 @@ TORCH_STAMP := $(VENV)/.tracin-torch-$(shell printf '%s' '$(TORCH)' | cksum | cu
 DEMO_STAMP := $(VENV)/.tracin-demo
 DEV_STAMP := $(VENV)/.tracin-dev
 
-.PHONY: help demo test check docs bench clean
+.PHONY: help demo test check docs bench study clean
 .DELETE_ON_ERROR:
 
 help:
@@ -42,6 +43,10 @@ docs: $(DEV_STAMP)
 bench: $(DEV_STAMP)
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/online.py --overhead
+
+study: $(DEV_STAMP)
+	$(BIN)/python benchmarks/mislabelled.py
+	$(BIN)/python benchmarks/mislabelled.py --write-docs
 
 clean:
 	rm -rf demo docs/_build build dist .coverage .coverage.* .pytest_cache .ruff_cache .import_linter_cache .hypothesis
