@@ -1,7 +1,7 @@
 r"""(C + λI)⁻¹ g by LiSSA: a Neumann series in which every step reads a few rows.
 
 .. math::
-    h_{j+1} = h_j + \tfrac1\sigma \bigl(g - (C_{B_j} + \lambda I)\, h_j\bigr)
+    h_{j+1} = h_j + \tfrac1\sigma \left(g - (C_{B_j} + \lambda I)\, h_j\right)
 
 B_j is a random batch, C_B the curvature of the mean loss over it. With σ at least the largest eigenvalue of every C_B + λI,
 each step contracts (Gauss-Newton), at the pace 1 − λ/σ in the flattest direction: it takes about σ/λ steps times the

@@ -76,7 +76,7 @@ def area_under_margin(found: Evaluation | Tensor, labels: Tensor | None = None) 
     r"""The mean margin over the checkpoints, turned around (AUM; Pleiss, Zhang, Elenberg and Weinberger 2020, section 3).
 
     .. math::
-        -\mathrm{AUM}_i = \frac1c \sum_c \bigl( \max_{k \ne y_i} u^{(c)}_{ik} - u^{(c)}_{i y_i} \bigr)
+        -\mathrm{AUM}_i = \frac1c \sum_c \left( \max_{k \ne y_i} u^{(c)}_{ik} - u^{(c)}_{i y_i} \right)
 
     A wrong label must be learnt against what the other rows of the true class teach, so its margin is small or negative for
     much of the run. The paper averages over all epochs up to the first drop of the learning rate; here it is the checkpoints

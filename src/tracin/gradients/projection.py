@@ -12,8 +12,8 @@ A a_t and B δ_t; G itself is multiplied out, a few rows at a time, only where t
 With :math:`K = G' G^\top, H = G^\top G'`, the variance of the Kronecker estimate of :math:`\langle G, G' \rangle` is
 
 .. math::
-    \tfrac{1}{a}\, v(H) + \tfrac{1}{b}\, v(K) + \tfrac{1}{ab} \Bigl[ \lVert G \rVert^2 \lVert G' \rVert^2
-    + \langle G, G' \rangle^2 + \langle G'^\top G', G^\top G \rangle + \lVert G'^\top G \rVert^2 - \text{(diagonal terms)} \Bigr]
+    \tfrac{1}{a}\, v(H) + \tfrac{1}{b}\, v(K) + \tfrac{1}{ab} \left[ \lVert G \rVert^2 \lVert G' \rVert^2
+    + \langle G, G' \rangle^2 + \langle G'^\top G', G^\top G \rangle + \lVert G'^\top G \rVert^2 - \text{(diagonal terms)} \right]
 
 with :math:`v(M) = \lVert M \rVert^2 + \operatorname{tr} M^2 - 2 \sum_j M_{jj}^2`, and so at most
 :math:`(2/a + 2/b + 4/ab) \lVert G \rVert^2 \lVert G' \rVert^2`; that of the rank-one estimate is 1/d times the same at

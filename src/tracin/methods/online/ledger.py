@@ -37,7 +37,7 @@ class OnlineTracIn:
         f_{i} = \eta_t \, \langle \nabla \ell(w_t, z'), g_i \rangle \qquad \text{(first order)}
 
     .. math::
-        f_{i} + \frac{1}{b} \Big( L(w_t, z') - L(w_{t+1}, z') - \sum_j f_j \Big) \qquad \text{(ideal)}
+        f_{i} + \frac{1}{b} \left( L(w_t, z') - L(w_{t+1}, z') - \sum_j f_j \right) \qquad \text{(ideal)}
 
     are added to the entry of row i. The ideal scores of a query sum to :math:`L(w_0, z') - L(w_T, z')` when every step is
     recorded; with one row per step they are TracInIdeal. Positive: a proponent, training on the row lowered the loss
