@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from itertools import pairwise
 from typing import Any
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import tracin
 from tracin import evaluation
@@ -27,7 +28,7 @@ from tracin.errors import (
 )
 from tracin.evaluation.out_of_fold import stratified_folds
 from tracin.scoring.evaluation import Evaluation, evaluate
-from tracin.scoring.head import layer_inputs
+from tracin.scoring.head import layer_rows
 
 C = 4
 
@@ -93,7 +94,7 @@ def test_what_cannot_be_scored_is_refused() -> None:
         evaluation.margin(Evaluation(found.losses, None, None))
     with pytest.raises(OptionError, match="give labels"):
         evaluation.area_under_margin(found.logits)
-    with pytest.raises(DataError, match=r"losses must be \[c, n\]"):
+    with pytest.raises(DataError, match=r"losses must be \[c, n\].*losses\[None\]"):
         evaluation.mean_loss(torch.zeros(3))
     for logits in (found.logits[0], found.logits[:, :5], found.logits[:, :, :1], found.logits[:0]):
         with pytest.raises(DataError, match=r"logits must be \[c, n, C\]"):
@@ -214,12 +215,22 @@ def test_neighbours_do_not_depend_on_the_tile_or_the_scale(monkeypatch: pytest.M
 def test_neighbours_that_cannot_be() -> None:
     features, labels = torch.randn(6, 2), torch.arange(6) % 2
     for k in (0, 6, -1):
-        with pytest.raises(OptionError, match=f"k is {k}: give a whole number of neighbours from 1 to 5"):
+        with pytest.raises(
+            OptionError, match=f"k is {k}: give a whole number from 1 to 5, neighbours among 6 rows"
+        ):
             evaluation.neighbour_disagreement(features, labels, k=k)
+    # Whatever Python passes, without the annotations that the tests check.
+    raw = inspect.unwrap(evaluation.neighbour_disagreement)
+    for k in (2.5, "3", None, True):
+        with pytest.raises(OptionError, match="give a whole number from 1 to 5"):
+            raw(features, labels, k=k)
+    assert torch.equal(raw(features, labels, k=np.int64(3)), raw(features, labels, k=3))
     with pytest.raises(DataError, match=r"features must be \[n, d\] and labels \[n\]"):
         evaluation.neighbour_disagreement(features, labels[:5])
     features[4, 1] = float("inf")
-    with pytest.raises(NotFiniteError, match="the features of row 4"):
+    with pytest.raises(
+        NotFiniteError, match="the features of row 4 are not finite: look at this row's input"
+    ):
         evaluation.neighbour_disagreement(features, labels, k=2)
     silent = tracin.Task(TASK.model, lambda model, batch: model(batch[0]).sum(1))
     with pytest.raises(OptionError, match="neighbour_suspicion needs the logits and labels"):
@@ -230,15 +241,18 @@ def test_features_are_the_inputs_of_the_module_named() -> None:
     last = TRAJECTORY[-1]
     TASK.model.load_state_dict(dict(last.load()))
     hidden = TASK.model[:-1](ROWS[0]).detach()
-    found = layer_inputs(TASK, last, ROWS, batch_size=33, device="cpu")
-    assert torch.allclose(found, hidden, atol=1e-6)
-    assert torch.equal(layer_inputs(TASK, last, ROWS, layer="0", device="cpu"), ROWS[0])
+    found = layer_rows(TASK, last, ROWS, batch_size=33, device="cpu")
+    assert torch.allclose(found.features, hidden, atol=1e-6)
+    assert found.labels is not None
+    assert torch.equal(found.labels, ROWS[1])
+    assert torch.equal(layer_rows(TASK, last, ROWS, layer="0", device="cpu").features, ROWS[0])
     loader = DataLoader(TensorDataset(*ROWS), batch_size=50)
-    assert torch.allclose(layer_inputs(TASK, last, loader, layer="2", device="cpu"), hidden, atol=1e-6)
+    batched = layer_rows(TASK, last, loader, layer="2", device="cpu")
+    assert torch.allclose(batched.features, hidden, atol=1e-6)
     given = evaluation.neighbour_suspicion(TASK, last, ROWS, layer="0", k=3, device="cpu")
     assert torch.equal(given, evaluation.neighbour_disagreement(*ROWS, k=3))
     with pytest.raises(OptionError, match=r"there is no module 'fc'\. The last ones are .*2"):
-        layer_inputs(TASK, last, ROWS, layer="fc")
+        layer_rows(TASK, last, ROWS, layer="fc")
 
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -251,7 +265,63 @@ def test_features_are_the_inputs_of_the_module_named() -> None:
     model = Twice()
     task = tracin.Task(model, tracin.losses.cross_entropy)
     with pytest.raises(LossError, match=r"'layer' saw .* Name a module that is called once"):
-        layer_inputs(task, tracin.Checkpoint(model.state_dict()), ROWS)
+        layer_rows(task, tracin.Checkpoint(model.state_dict()), ROWS)
+
+
+def counted() -> tuple[tracin.Task, tracin.Checkpoint, list[int]]:
+    """A task that notes how many rows each forward pass had; the model itself is given back as it was."""
+    model, sizes = nn.Linear(6, C), []
+
+    def outputs(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        sizes.append(len(batch[0]))
+        return model(batch[0]), batch[1]
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(*outputs(model, batch), reduction="none")
+
+    return tracin.Task(model, loss, outputs=outputs), tracin.Checkpoint(model.state_dict()), sizes
+
+
+def test_features_and_labels_come_from_one_pass() -> None:
+    task, checkpoint, sizes = counted()
+    evaluation.neighbour_suspicion(task, checkpoint, ROWS, k=3, batch_size=50)
+    assert sizes == [50, 50, 50, 10]
+
+
+def test_features_that_do_not_fit_are_refused_before_they_are_all_read() -> None:
+    task, checkpoint, sizes = counted()
+    whole = 2 * 160 * 6 * 4
+    layer_rows(task, checkpoint, ROWS, memory=whole, batch_size=40)
+    sizes.clear()
+    with pytest.raises(OptionError, match=r"the features of 160 train rows take .* and memory= allows"):
+        evaluation.neighbour_suspicion(task, checkpoint, ROWS, memory=whole // 2 - 1, batch_size=40)
+    assert sizes == [40, 40]
+
+
+class Augmented(Dataset):
+    """Every reading of a row is another one."""
+
+    def __init__(self) -> None:
+        self.reads = 0
+
+    def __len__(self) -> int:
+        return len(ROWS[1])
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        self.reads += 1
+        return ROWS[0][row] + 0.01 * self.reads, ROWS[1][row]
+
+
+def test_rows_that_change_have_no_neighbours() -> None:
+    with pytest.raises(DataError, match=r"train: row 0 came back different.*augmentation"):
+        evaluation.neighbour_suspicion(TASK, TRAJECTORY[0], Augmented(), device="cpu")
+
+    def longest_first(rows: list) -> Any:
+        rows = sorted(rows, key=lambda row: -float(row[0].abs().sum()))
+        return torch.stack([x for x, _ in rows]), torch.stack([y for _, y in rows])
+
+    with pytest.raises(DataError, match="does not keep the rows of a batch in their order"):
+        layer_rows(TASK, TRAJECTORY[0], TensorDataset(*ROWS), collate=longest_first, device="cpu")
 
 
 # ---------------------------------------------------------------- out of fold
@@ -342,6 +412,9 @@ def test_probabilities_and_folds_that_cannot_be() -> None:
     for folds in (1, 5):
         with pytest.raises(OptionError, match="a whole number from 2 to 4"):
             evaluation.out_of_fold(labels, lambda rows: good, folds=folds)
+    for folds in (2.5, "2", None):
+        with pytest.raises(OptionError, match="give a whole number from 2 to 4"):
+            inspect.unwrap(stratified_folds)(labels, folds=folds)
     widths = iter((2, 3))
     with pytest.raises(DataError, match=r"fit returned \[4, 3\] for fold 1 and \[4, 2\] before"):
         evaluation.out_of_fold(labels, lambda rows: torch.full((4, w := next(widths)), 1 / w), folds=2)

@@ -120,6 +120,23 @@ def test_repair_says_where_it_starts_and_ends():
     assert {"tracin", "loss", "random order", "all labels true", "90.0 %", "at 10 %", "at 20 %"} <= set(told)
 
 
+def test_the_line_of_true_labels_is_the_mean_of_what_is_known():
+    def drawn(*known):
+        result = study(methods=("loss",), schedules=("step",))
+        for cell, clean in zip(result.cells, known, strict=True):
+            cell.clean_accuracy = clean
+        figure = repair_figure(result)
+        return texts(figure), figure.axes[0].get_ylim()[0]
+
+    told, low = drawn(None, 0.93)
+    assert {"all labels true", "93.0 %"} <= set(told)
+    assert low > 0.7
+    told, low = drawn(None, None)
+    assert "all labels true" not in told
+    assert "loss" in told
+    assert low > 0.7
+
+
 def test_a_method_that_did_not_run_is_named_below():
     assert "Not run: loss" in texts(study_figure(study(missing=("loss",))))
 
@@ -139,5 +156,5 @@ def test_nothing_to_draw():
     bare = StudyResult(
         result.design, {}, [Cell.from_json({**c.to_json(), "repaired": []}) for c in result.cells]
     )
-    with pytest.raises(DataError, match="--repair"):
+    with pytest.raises(DataError, match="repair="):
         repair_figure(bare)

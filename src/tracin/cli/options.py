@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import tyro  # noqa: TID253  loaded with the command, not with the library
 
 from tracin.data import BatchSize
+from tracin.evaluation.mislabelled import Design
+from tracin.evaluation.mislabelled.design import SHARES
 from tracin.methods import TracInCP
 from tracin.study import Study
 
 __all__ = ["Audit", "Command", "Demo", "Explain", "Output", "Plan", "Settings", "StudyRun", "Verify", "parse"]
 
 Format = Literal["csv", "parquet", "json"]
+Flip = Literal["random", "hardest"]
 StudyFile = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE.py")]
 
 
@@ -187,20 +190,21 @@ class StudyRun:
     """Which study."""
 
     data: Annotated[str, tyro.conf.arg(metavar="digits|fashion-mnist|mnist|cifar10|FILE.py")] = "digits"
-    """What to train on: digits come with scikit-learn, the others are read from local files. A FILE.py defines
+    """What to train on: digits come with scikit-learn, the others are read from files. A FILE.py defines
     study() -> tracin.Study with tuples (inputs, labels) as train and test, and with fit."""
 
     data_folder: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Where the files of fashion-mnist, mnist or cifar10 lie."""
+    """Where the files of fashion-mnist, mnist or cifar10 lie. Not needed for fashion-mnist where the Debian package
+    dataset-fashion-mnist is installed, nor for cifar10 where datasets may download it."""
 
     model: Literal["mlp", "cnn", "resnet"] | None = None
     """Which model; cnn if nothing is said. Not for a FILE.py, which brings its own."""
 
-    flips: tuple[Literal["random", "hardest"], ...] = ("random",)
+    flips: tuple[Flip, ...] = cast("tuple[Flip, ...]", Design.flips)
     """Which wrong labels: any other class (random), or the strongest wrong class of a model trained on clean labels
     (hardest); one or both."""
 
-    fraction: float = 0.1
+    fraction: float = Design.fraction
     """The share of labels made wrong, between 0 and 1."""
 
     schedule: tuple[Literal["constant", "step", "cosine", "onecycle"], ...] | None = None
@@ -209,7 +213,7 @@ class StudyRun:
     methods: Annotated[tuple[str, ...], tyro.conf.arg(metavar="METHOD [METHOD ...]")] = ()
     """Which methods; all if nothing is said. An unknown name tells the known ones."""
 
-    seeds: int = 3
+    seeds: int = Design.seeds
     """How many seeds: flips, first weights and the order of the rows differ."""
 
     rows: int | None = None
@@ -218,25 +222,25 @@ class StudyRun:
     epochs: int | None = None
     """Passes over the rows; what suits the model if nothing is said. Not for a FILE.py."""
 
-    checkpoints: int = 8
+    checkpoints: int = Design.checkpoints
     """How many checkpoints, evenly over the training."""
 
-    rate: float = 0.05
+    rate: float = Design.rate
     """The learning rate; the highest one of a schedule."""
 
-    batch: int = 64
+    batch: int = Design.batch
     """Rows of a training step."""
 
     repair: bool = False
     """Also correct the wrong labels among the rows inspected first, train again, and compare the test accuracy
     (repair.png, repair.svg, repair.csv, repair.md). Takes a training per method and share."""
 
-    repair_shares: Annotated[tuple[float, ...], tyro.conf.arg(metavar="SHARE [SHARE ...]")] = (0.1, 0.2, 0.3)
+    repair_shares: Annotated[tuple[float, ...], tyro.conf.arg(metavar="SHARE [SHARE ...]")] = SHARES
     """The shares of rows inspected before a repair."""
 
     replay: Annotated[Path | None, tyro.conf.arg(metavar="STUDY.json")] = None
-    """Run the study of such a file again, and compare the numbers. Only --out, --data-folder, --device, --memory and
-    --format are read besides."""
+    """Run the study of such a file again, and compare the numbers. Besides, only --out, --data-folder, --device,
+    --memory, --format, --quiet and --debug may be given."""
 
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("study")
     """Folder to write into. Made if it is missing; files of the same names are replaced."""

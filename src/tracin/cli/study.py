@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, replace
 from typing import Any
 
 from tracin.cli import options
 from tracin.cli.output import Folder
 from tracin.cli.printing import clean, heading, number, percent, say, table
-from tracin.errors import ResultError
+from tracin.errors import DataError, NotFiniteError, OptionError, ResultError
 from tracin.evaluation.mislabelled import (
     Design,
     StudyData,
@@ -30,6 +31,11 @@ __all__ = ["run"]
 
 Record = Mapping[str, Any]
 _SAME = 5e-4
+_BESIDE_REPLAY = {"what", "replay", "out", "data_folder", "device", "memory", "quiet", "format", "debug"}
+_RENAMED = {"schedules": "schedule", "repair": "repair-shares"}
+_ARGUMENT = re.compile(
+    rf"\b({'|'.join([*(each.name for each in fields(Design)), 'device'])})=|\bdata_folder\b"
+)
 
 
 def run(command: options.StudyRun) -> int:
@@ -39,11 +45,34 @@ def run(command: options.StudyRun) -> int:
         command: The options.
 
     Returns:
-        0; 1 where a replay gives other numbers.
+        0; 1 where a replay gives other numbers, or not the same ones.
 
     Raises:
         ResultError: No method could run.
     """
+    with _as_options():
+        return _run(command)
+
+
+@contextmanager
+def _as_options() -> Iterator[None]:
+    """Say ``--repair-shares 2.0`` where a message of the library says ``repair=2.0``."""
+    try:
+        yield
+    except (DataError, NotFiniteError, OptionError) as error:
+        error.args = (_ARGUMENT.sub(_option, str(error)),)
+        raise
+
+
+def _option(found: re.Match[str]) -> str:
+    name = found[1] or found[0]
+    flag = f"--{_RENAMED.get(name, name).replace('_', '-')}"
+    return f"{flag} " if found[1] else flag
+
+
+def _run(command: options.StudyRun) -> int:
+    if command.replay is not None:
+        _refuse_beside_replay(command)
     before = None if command.replay is None else StudyResult.load(command.replay)
     design = _design(command) if before is None else _placed(before.design, command)
     folder = Folder(command.out, command.format, figures=True)
@@ -67,6 +96,18 @@ def run(command: options.StudyRun) -> int:
 
 def _tell(line: str) -> None:
     print(clean(line), file=sys.stderr, flush=True)
+
+
+def _refuse_beside_replay(command: options.StudyRun) -> None:
+    given = [
+        f"--{each.name.replace('_', '-')}"
+        for each in fields(command)
+        if each.name not in _BESIDE_REPLAY and getattr(command, each.name) != each.default
+    ]
+    if given:
+        raise OptionError(
+            f"{', '.join(given)} beside --replay: a replay runs the study of its file. Leave out either."
+        )
 
 
 def _design(command: options.StudyRun) -> Design:
@@ -131,7 +172,7 @@ def _show(result: StudyResult) -> None:
         table(_told(result, ran, short=True))
         for row in rows:
             if row["not_run"] is not None:
-                say(f"{row['method']}: not run: {row['not_run']}")
+                say(f"{row['method']}: not run{_some(result, row)}: {row['not_run']}")
     repaired = result.repair_table()
     if repaired:
         heading(
@@ -164,8 +205,7 @@ def _told(result: StudyResult, rows: Sequence[Record], *, short: bool = False) -
             "seconds": "" if row["seconds"] is None else number(row["seconds"]),
             "peak memory": "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f} MiB",
         }
-        some = f" ({row['seeds']} of {result.design.seeds} seeds ran)" if row["seeds"] else ""
-        note = "" if row["not_run"] is None else f"not run: {row['not_run']}{some}"
+        note = "" if row["not_run"] is None else f"not run{_some(result, row)}: {row['not_run']}"
         first = (
             {"method": row["method"]}
             if short
@@ -174,6 +214,13 @@ def _told(result: StudyResult, rows: Sequence[Record], *, short: bool = False) -
         told.append({**first, **numbers, "note": note})
     notes = any(row["note"] for row in told) and not short
     return told if notes else [{name: row[name] for name in row if name != "note"} for row in told]
+
+
+def _some(result: StudyResult, row: Record) -> str:
+    """With how many seeds a method ran that failed with others."""
+    return (
+        f" with {result.design.seeds - row['seeds']} of {result.design.seeds} seeds" if row["seeds"] else ""
+    )
 
 
 def _percent_one(share: float) -> str:
@@ -212,28 +259,54 @@ def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
 
 def _compare(before: StudyResult, after: StudyResult) -> int:
     """How far a replay is from the study before; seconds and memory may differ."""
-    worst, where = 0.0, ""
-    names = ("auroc", "average_precision", *(f"found_at_{round(100 * share)}" for share in SHARES))
-    there = {(row["flips"], row["schedule"], row["seed"], row["method"]): row for row in before.seed_table()}
-    for row in after.seed_table():
-        old = there.get((row["flips"], row["schedule"], row["seed"], row["method"]))
-        for name in names:
-            if old is not None and old[name] is not None and row[name] is not None:
-                apart = abs(old[name] - row[name])
-                if apart > worst:
-                    worst, where = (
-                        apart,
-                        f"{name} of {row['method']}, {row['flips']} flips, {row['schedule']}, seed {row['seed']}",
-                    )
+    old, new = _numbers_of(before), _numbers_of(after)
+    both = [key for key in old if key in new]
+    faults = _other_basis(before, after)
+    for mine, other, side in ((old, new, "study before"), (new, old, "replay")):
+        alone = dict.fromkeys(subject for subject, place in mine if (subject, place) not in other)
+        if alone:
+            faults.append(f"Only in the {side}: numbers of {', '.join(alone)}.")
+    if not both:
+        faults.append("No number is in both studies.")
+    apart = {key: abs(old[key] - new[key]) for key in both}
+    worst = max(apart, key=apart.__getitem__, default=None)
+    if worst is not None and apart[worst] > _SAME:
+        faults.append(
+            f"The replay differs from the study before by up to {apart[worst]:.3g} ({' of '.join(reversed(worst))})."
+        )
     say()
-    if worst <= _SAME:
-        say(f"The replay gives the numbers of the study before; the largest difference is {worst:.2g}.")
+    if worst is not None and not faults:
+        say(
+            f"The replay gives the numbers of the study before; the largest difference is {apart[worst]:.2g}, of "
+            f"{len(both):,} numbers."
+        )
         return 0
-    say(
-        f"The replay differs from the study before by up to {worst:.3g} ({where}). It was made with "
-        f"{_told_made(before)}; this one with {_told_made(after)}."
-    )
+    say(f"{' '.join(faults)} It was made with {_told_made(before)}; this one with {_told_made(after)}.")
     return 1
+
+
+def _numbers_of(result: StudyResult) -> dict[tuple[str, str], float]:
+    """Every number of a study that a replay must give again, by the method and the place in the tables."""
+    names = ("auroc", "average_precision", *(f"found_at_{round(100 * share)}" for share in SHARES))
+    found: dict[tuple[str, str], float | None] = {}
+    for row in result.seed_table():
+        place = f"{row['flips']} flips, {row['schedule']}, seed {row['seed']}"
+        found |= {(row["method"], f"{place}, {name}"): row[name] for name in names}
+    for row in result.repair_table():
+        place = f"{row['flips']} flips, {row['schedule']}, {percent(row['inspected'])} inspected"
+        for name in ("seeds", "accuracy", "accuracy_before", "accuracy_clean", "corrected"):
+            found[f"the repair by {row['order']}", f"{place}, {name}"] = row[name]
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _other_basis(before: StudyResult, after: StudyResult) -> list[str]:
+    """What the same training runs of two studies depend on, where it differs: the data, or the study file."""
+    mine = {cell.key: cell.basis for cell in before.cells}
+    pairs = [(mine[cell.key], cell.basis) for cell in after.cells if cell.key in mine]
+    odd = sorted({name for one, two in pairs for name in one | two if one.get(name) != two.get(name)})
+    words = {"digest": "rows", "file": "study file"}
+    told = ", ".join(words.get(name, name) for name in odd)
+    return [f"The replay ran on another basis than the study before: {told}."] if odd else []
 
 
 def _told_made(result: StudyResult) -> str:

@@ -10,15 +10,17 @@ from torch import Tensor
 
 from tracin.errors import DataError
 from tracin.evaluation import DetectionCurve
+from tracin.evaluation.mislabelled.result import RANDOM_ORDER
 from tracin.plots.canvas import Axes, Canvas, Figure, style, text_width
 from tracin.plots.theme import Theme, ThemeName, theme_named
 
-__all__ = ["detection_curve"]
+__all__ = ["PERFECT", "detection_curve", "plain_axes", "reference_looks"]
 
 _DASHES = ("-", (0, (5, 1.5)), (0, (3, 1.2, 1, 1.2)), (0, (1, 1)))
 _ROW = 0.21
 _MARGIN, _LEFT, _RIGHT, _TOP = 0.3, 0.72, 0.44, 0.8
 _TICK_ROOM = 0.07
+PERFECT = "perfect order"
 
 
 def detection_curve(
@@ -99,26 +101,47 @@ def entries(curves: Mapping[str, DetectionCurve], shares: Sequence[float], theme
     ]
     first = next(iter(curves.values()))
     best = DetectionCurve(first.flags.double(), first.flags)
-    look = {"color": theme.muted, "linewidth": 1.0}
+    looks = reference_looks(theme)
     return [
         *lines,
         Entry(
-            "perfect order",
+            PERFECT,
             (best.inspected, best.found),
-            look | {"linestyle": (0, (5, 3))},
+            looks[PERFECT],
             tuple(best.found_at(share) for share in shares),
             1.0,
             reference=True,
         ),
         Entry(
-            "random order",
+            RANDOM_ORDER,
             (best.inspected, best.inspected),
-            look | {"linestyle": (0, (1, 2))},
+            looks[RANDOM_ORDER],
             tuple(shares),
             0.5,
             reference=True,
         ),
     ]
+
+
+def reference_looks(theme: Theme) -> dict[str, dict[str, Any]]:
+    """The looks of the perfect and the random order."""
+    thin = {"color": theme.muted, "linewidth": 1.0}
+    return {PERFECT: thin | {"linestyle": (0, (5, 3))}, RANDOM_ORDER: thin | {"linestyle": (0, (1, 2))}}
+
+
+def plain_axes(axes: Axes, theme: Theme) -> None:
+    """Axes of shares: quiet ticks, hair lines of a grid behind, no frame but the line below."""
+    axes.tick_params(colors=theme.muted, labelsize=8, length=0, pad=5)
+    axes.grid(axis="y", color=theme.hair, linewidth=0.5)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(theme.muted)
+
+
+def inspected_label(axes: Axes, theme: Theme) -> None:
+    """The label of the shares inspected."""
+    axes.set_xlabel("training rows inspected, in %", color=theme.muted, fontsize=8.5, labelpad=5)
 
 
 def line_style(number: int, theme: Theme) -> dict[str, Any]:
@@ -140,13 +163,8 @@ def draw_lines(axes: Axes, lines: Sequence[Entry], shares: Sequence[float], them
     ticks = apart([0.0, 0.5, 1.0], shares)
     axes.set_xticks(ticks, [f"{100 * tick:.3g}" for tick in ticks])
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
-    axes.set_xlabel("training rows inspected, in %", color=theme.muted, fontsize=8.5, labelpad=5)
-    axes.tick_params(colors=theme.muted, labelsize=8, length=0, pad=5)
-    axes.grid(axis="y", color=theme.hair, linewidth=0.5)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(theme.muted)
+    inspected_label(axes, theme)
+    plain_axes(axes, theme)
 
 
 def percent(share: float) -> str:

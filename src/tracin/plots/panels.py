@@ -9,12 +9,11 @@ from typing import Any
 
 from tracin.evaluation.mislabelled import METHODS
 from tracin.evaluation.mislabelled.registry import FAMILIES
-from tracin.evaluation.mislabelled.result import RANDOM_ORDER
 from tracin.plots.canvas import Axes, Canvas, Figure, fit, style, text_width
-from tracin.plots.curves import swatch
+from tracin.plots.curves import PERFECT, inspected_label, plain_axes, reference_looks, swatch
 from tracin.plots.theme import Theme
 
-__all__ = ["CLEAN", "PERFECT", "SHARES", "Line", "Panel", "Sheet", "draw", "firsts"]
+__all__ = ["CLEAN", "SHARES", "Line", "Panel", "Sheet", "draw", "firsts"]
 
 _MARGIN, _ROW = 0.3, 0.2
 _TOP = 0.95
@@ -32,7 +31,7 @@ _DASHES: tuple[Any, ...] = (
     (0, (5, 1.2, 1, 1.2, 1, 1.2)),
     (0, (9, 1.6)),
 )
-PERFECT, CLEAN = "perfect order", "all labels true"
+CLEAN = "all labels true"
 
 
 @dataclass(frozen=True)
@@ -83,11 +82,8 @@ class Sheet:
 def looks(names: Sequence[str], theme: Theme) -> dict[str, dict[str, Any]]:
     """The look of each line: the family's colour, a dash of its own, the first of a family stronger."""
     colours = dict(zip(FAMILIES, theme.series, strict=True))
-    found: dict[str, dict[str, Any]] = {
-        PERFECT: {"color": theme.muted, "linewidth": 1.0, "linestyle": (0, (5, 3))},
-        CLEAN: {"color": theme.muted, "linewidth": 1.0, "linestyle": (0, (5, 3))},
-        RANDOM_ORDER: {"color": theme.muted, "linewidth": 1.0, "linestyle": (0, (1, 2))},
-    }
+    found = reference_looks(theme)
+    found[CLEAN] = found[PERFECT]  # the best that can be, as the perfect order is
     for name in names:
         family = METHODS[name].family
         number = [each for each in names if METHODS[each].family == family].index(name)
@@ -163,15 +159,11 @@ def finish_axes(axes: Axes, sheet: Sheet, theme: Theme, *, first: bool, last: bo
     digits = 0 if all(math.isclose(100 * tick, round(100 * tick), abs_tol=1e-6) for tick in marks) else 1
     axes.set_yticks(marks, [f"{100 * tick:.{digits}f} %" if first else "" for tick in marks])
     if last:
-        axes.set_xlabel("training rows inspected, in %", color=theme.muted, fontsize=8.5, labelpad=5)
+        inspected_label(axes, theme)
     if first:
         axes.set_ylabel(sheet.y_label, color=theme.muted, fontsize=8.5, labelpad=4)
-    axes.tick_params(colors=theme.muted, labelsize=8, length=0, pad=5)
-    axes.grid(color=theme.hair, linewidth=0.5)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(theme.muted)
+    plain_axes(axes, theme)
+    axes.grid(axis="x", color=theme.hair, linewidth=0.5)
 
 
 def _table_names(sheet: Sheet) -> list[Line]:

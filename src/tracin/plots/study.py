@@ -9,7 +9,8 @@ from tracin.errors import DataError
 from tracin.evaluation.mislabelled import StudyResult
 from tracin.evaluation.mislabelled.result import GRID, RANDOM_ORDER, Cell
 from tracin.plots.canvas import Figure
-from tracin.plots.panels import CLEAN, PERFECT, Line, Panel, Sheet, draw, firsts
+from tracin.plots.curves import PERFECT
+from tracin.plots.panels import CLEAN, Line, Panel, Sheet, draw, firsts
 from tracin.plots.theme import ThemeName, theme_named
 
 __all__ = ["repair_figure", "study_figure"]
@@ -76,7 +77,7 @@ def repair_figure(result: StudyResult, *, title: str | None = None, theme: Theme
         MissingExtraError: matplotlib isn't installed.
     """
     if not result.repair_table():
-        raise DataError("the study has no repairs to draw: run it with --repair")
+        raise DataError("the study has no repairs to draw: give its Design shares, such as repair=(0.1, 0.2)")
     shares = sorted(result.design.repair)
     names = result.methods_run()
     panels = [
@@ -152,8 +153,10 @@ def _repair_lines(names: Sequence[str], cells: Sequence[Cell], shares: Sequence[
         values = [statistics.fmean(before), *means]
         spreads = _spreads([before, *points])
         lines.append(Line(name, (0.0, *shares), values, spreads, means, reference=name == RANDOM_ORDER))
-    clean = statistics.fmean(cell.clean_accuracy or 0.0 for cell in cells)
-    ends = (0.0, max(shares))
+    known = [cell.clean_accuracy for cell in cells if cell.clean_accuracy is not None]
+    if not known:
+        return lines
+    clean, ends = statistics.fmean(known), (0.0, max(shares))
     return [*lines, Line(CLEAN, ends, (clean, clean), cells=[clean] * len(shares), reference=True)]
 
 

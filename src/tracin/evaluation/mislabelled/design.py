@@ -89,22 +89,23 @@ class Design:
     def __post_init__(self) -> None:
         if own_file(self.data):
             for name in ("model", "epochs", "schedules"):
-                if getattr(self, name) not in (None, (OWN,), OWN):
-                    option = name.removesuffix("s") if name == "schedules" else name
+                value = getattr(self, name)
+                if value not in (None, (OWN,), OWN):
+                    told = ", ".join(value) if isinstance(value, tuple) else value
                     raise OptionError(
-                        f"--{option} does not apply to {self.data}: its fit() trains its own way."
+                        f"{name}={told} does not apply to {self.data}: its fit() trains its own way."
                     )
             self._set(model=OWN, schedules=(OWN,))
         else:
-            _known("--data", (self.data,), DATA, " or a study file that ends in .py")
+            _known("data", (self.data,), DATA, " or a study file that ends in .py")
             self._set(model=self.model or "cnn", schedules=self.schedules or ("constant", "cosine"))
-            _known("--model", (self.trained,), MODELS)
-            _known("--schedule", self.schedules or (), SCHEDULES)
+            _known("model", (self.trained,), MODELS)
+            _known("schedules", self.schedules or (), SCHEDULES)
             suited = _EPOCHS[self.trained] * (
                 3 if self.data == "digits" else 1
             )  # so few rows make short epochs
             self._set(epochs=suited if self.epochs is None else self.epochs)
-        _known("--flips", self.flips, FLIPS)
+        _known("flips", self.flips, FLIPS)
         for name in ("flips", "schedules", "methods", "repair"):
             self._set(**{name: tuple(dict.fromkeys(getattr(self, name)))})
         self._refuse_out_of_range()
@@ -115,20 +116,18 @@ class Design:
 
     def _refuse_out_of_range(self) -> None:
         if not 0.0 < self.fraction < 1.0:
-            raise OptionError(
-                f"--fraction is {self.fraction}: give the share of labels to flip, between 0 and 1."
-            )
+            raise OptionError(f"fraction={self.fraction}: give the share of labels to flip, between 0 and 1.")
         if not (self.rate > 0.0 and self.rate < float("inf")):
-            raise OptionError(f"--rate is {self.rate}: give a learning rate above 0.")
+            raise OptionError(f"rate={self.rate}: give a learning rate above 0.")
         for name in ("seeds", "rows", "epochs", "checkpoints", "batch"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise OptionError(f"--{name} is {value}: give a whole number from 1 on.")
+                raise OptionError(f"{name}={value}: give a whole number from 1 on.")
         if self.batch < 2:
-            raise OptionError("--batch is 1: give at least 2, since batch normalisation needs two rows.")
+            raise OptionError("batch=1: give at least 2, since batch normalisation needs two rows.")
         for share in self.repair:
             if not 0.0 < share <= 1.0:
-                raise OptionError(f"--repair-shares has {share}: give shares of the rows, above 0, up to 1.")
+                raise OptionError(f"repair={share}: give shares of the rows, above 0, up to 1.")
 
     @property
     def trained(self) -> str:
@@ -145,11 +144,12 @@ class Design:
             for schedule in self.schedules or ()
         ]
 
-    def basis(self, digest: str) -> dict[str, Any]:
+    def basis(self, digest: str, file: str | None = None) -> dict[str, Any]:
         """What the numbers of one cell depend on, besides its key.
 
         Args:
             digest: Of the data.
+            file: Digest of the study file, whose model and ``fit`` are part of it; None for built-in data.
 
         Returns:
             Names and values, as JSON has them.
@@ -157,7 +157,7 @@ class Design:
         names = ("data", "model", "fraction", "epochs", "checkpoints", "rate", "batch")
         basis = {name: getattr(self, name) for name in names}
         if self.trained == OWN:
-            basis = {"data": self.data, "model": OWN, "fraction": self.fraction}
+            basis = {"data": self.data, "model": OWN, "fraction": self.fraction, "file": file}
         return {**basis, "digest": digest}
 
     def to_json(self) -> dict[str, Any]:
@@ -201,12 +201,12 @@ def own_file(data: str) -> bool:
     return data.endswith(".py")
 
 
-def _known(option: str, given: Sequence[str], known: Sequence[str], more: str = "") -> None:
+def _known(argument: str, given: Sequence[str], known: Sequence[str], more: str = "") -> None:
     if not given:
-        raise OptionError(f"{option} is empty: give one or several of {', '.join(known)}.")
+        raise OptionError(f"{argument} is empty: give one or several of {', '.join(known)}.")
     for name in given:
         if name not in known:
-            raise OptionError(f"{option}: {name!r} is not known. Give {', '.join(known)}{more}.")
+            raise OptionError(f"{argument}={name!r} is not known. Give {', '.join(known)}{more}.")
 
 
 def digest_of(*parts: bytes) -> str:

@@ -44,7 +44,9 @@ class Planter:
         if kind == "random":
             return plant_flips(self.data.train[1], self.design.fraction, classes=self.data.classes, seed=seed)
         path = self.folder / f"flips-{kind}-{seed}.safetensors"
-        basis = digest_of(json.dumps(self.design.basis(self.data.digest), sort_keys=True).encode())
+        basis = digest_of(
+            json.dumps(self.design.basis(self.data.digest, self.data.file), sort_keys=True).encode()
+        )
         if path.exists():
             kept, header = read_tensors(path, ResultError)
             if header.get("basis") == basis:

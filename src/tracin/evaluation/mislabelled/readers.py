@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import io
+import struct
+import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,9 +23,12 @@ _TRAIN, _TEST = "train", "t10k"
 _CIFAR_ROW = 1 + 3 * 32 * 32
 _CIFAR_BINARY = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 _CIFAR_HELP = (
-    f"Unpack the binary version ({_CIFAR_BINARY}) and give --data-folder cifar-10-batches-bin. Parquet files "
+    f"Unpack the binary version ({_CIFAR_BINARY}) and give data_folder=cifar-10-batches-bin. Parquet files "
     "(train-*.parquet, test-*.parquet) and a folder saved by datasets work too."
 )
+_HUB = "uoft-cs/cifar10"
+_DAMAGED = (OSError, ValueError, RuntimeError, SyntaxError, EOFError, zlib.error, struct.error)
+"""What PIL (a SyntaxError for a broken PNG), pyarrow and datasets raise over files that they cannot read."""
 
 
 class Pictures(NamedTuple):
@@ -104,7 +109,8 @@ def read_cifar10(folder: Path | None) -> tuple[Pictures, Pictures]:
     """Training and test pictures of CIFAR-10, from a folder or, without one, through ``datasets``.
 
     Binary files, Parquet files, a folder that ``datasets`` saved, and, where torchvision is installed, the Python
-    version, whose checksums torchvision compares before it reads them. A pickle is never opened here.
+    version, whose checksums torchvision compares before it reads them. A pickle is never opened here. ``datasets`` may
+    download; a warning says so before.
 
     Args:
         folder: The folder; None asks ``datasets``, where it is installed.
@@ -113,12 +119,17 @@ def read_cifar10(folder: Path | None) -> tuple[Pictures, Pictures]:
         Train, test.
 
     Raises:
-        DataError: No such folder, or none of these formats.
+        DataError: No such folder, none of these formats, or a damaged file.
     """
     if folder is None:
         if find_spec("datasets") is None:
-            raise DataError(f"--data cifar10 needs --data-folder. {_CIFAR_HELP}")
-        return _from_datasets(import_module("datasets").load_dataset("uoft-cs/cifar10"))
+            raise DataError(f"data='cifar10' needs data_folder. {_CIFAR_HELP}")
+        module = import_module("datasets")
+        warnings.warn(
+            f"cifar10 comes through datasets, as no folder is given: downloading {_HUB}, unless it is in its cache.",
+            stacklevel=2,
+        )
+        return _from_datasets(lambda: module.load_dataset(_HUB), _HUB)
     if not folder.is_dir():
         raise DataError(f"the folder {folder} is not there. {_CIFAR_HELP}")
     for place in (folder, folder / "cifar-10-batches-bin"):
@@ -131,7 +142,8 @@ def read_cifar10(folder: Path | None) -> tuple[Pictures, Pictures]:
         if list(place.glob("train-*.parquet")):
             return _parquet(place, "train"), _parquet(place, "test")
     if (folder / "dataset_dict.json").is_file():
-        return _from_datasets(_datasets(folder).load_from_disk(str(folder)))
+        module = _datasets(folder)
+        return _from_datasets(lambda: module.load_from_disk(str(folder)), str(folder))
     for place in (folder, folder / "cifar-10-batches-py"):
         if (place / "data_batch_1").is_file():
             return _python_version(place)
@@ -159,22 +171,48 @@ def _parquet(folder: Path, part: str) -> Pictures:
     files = sorted(folder.glob(f"{part}-*.parquet"))
     if not files:
         raise DataError(f"{folder} has no {part}-*.parquet. {_CIFAR_HELP}")
-    rows = [row for file in files for row in read_table(file).to_pylist()]
-    try:
-        pictures = [_decoded(row.get("img", row.get("image"))["bytes"]) for row in rows]
-        return Pictures(np.stack(pictures), np.asarray([row["label"] for row in rows]))
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{files[0]} has other columns than img (bytes) and label. {_CIFAR_HELP}") from error
+    return Pictures(
+        *map(np.concatenate, zip(*(_parquet_file(file, read_table) for file in files), strict=True))
+    )
 
 
-def _decoded(content: bytes) -> np.ndarray:
+def _parquet_file(file: Path, read_table: Callable[[Path], Any]) -> Pictures:
     try:
         from PIL import Image
     except ImportError as error:
         raise MissingExtraError(
             "pictures in Parquet files need pillow: pip install 'tracin[plot]'"
         ) from error
-    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).transpose(2, 0, 1)
+    try:
+        rows = read_table(file).to_pylist()
+    except _DAMAGED as error:
+        raise DataError(f"{file} cannot be read: {error}. Get the file again.") from error
+    pictures, labels = [], []
+    for number, row in enumerate(rows):
+        try:
+            content = row.get("img", row.get("image"))["bytes"]
+            labels.append(int(row["label"]))
+            pictures.append(_pixels(Image.open(io.BytesIO(content))))
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{file} has other columns than img (bytes) and label. {_CIFAR_HELP}") from error
+        except _DAMAGED as error:
+            raise DataError(
+                f"{file}: the picture of row {number} cannot be read: {error}. Get the file again."
+            ) from error
+    return _stacked(pictures, labels, str(file))
+
+
+def _pixels(picture: Any) -> np.ndarray:
+    """A picture of PIL as [3, height, width]."""
+    return np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
+
+
+def _stacked(pictures: Sequence[np.ndarray], labels: Sequence[int], where: str) -> Pictures:
+    shapes = sorted({picture.shape for picture in pictures})
+    if len(shapes) != 1:
+        sizes = " and ".join("x".join(map(str, shape)) for shape in shapes[:2]) or "none"
+        raise DataError(f"{where}: the pictures must be of one size, and are {sizes}. {_CIFAR_HELP}")
+    return Pictures(np.stack(pictures), np.asarray(labels))
 
 
 def _datasets(folder: Path) -> Any:
@@ -186,13 +224,22 @@ def _datasets(folder: Path) -> Any:
         ) from error
 
 
-def _from_datasets(found: Any) -> tuple[Pictures, Pictures]:
+def _from_datasets(load: Callable[[], Any], where: str) -> tuple[Pictures, Pictures]:
     parts = []
-    for name in ("train", "test"):
-        part = found[name]
-        key = "img" if "img" in part.column_names else "image"
-        pictures = [np.asarray(picture.convert("RGB")).transpose(2, 0, 1) for picture in part[key]]
-        parts.append(Pictures(np.stack(pictures), np.asarray(part["label"])))
+    try:
+        found = load()
+        for name in ("train", "test"):
+            part = found[name]
+            key = "img" if "img" in part.column_names else "image"
+            pictures = [_pixels(picture) for picture in part[key]]
+            parts.append(_stacked(pictures, part["label"], f"{where}, {name}"))
+    except DataError:
+        raise
+    except (KeyError, TypeError, AttributeError, *_DAMAGED) as error:
+        told = " ".join(str(error).split())
+        raise DataError(
+            f"datasets gives no CIFAR-10 from {where}: {type(error).__name__}: {told}. {_CIFAR_HELP}"
+        ) from error
     return parts[0], parts[1]
 
 

@@ -103,7 +103,7 @@ class Method:
     """A method of the study.
 
     Args:
-        name: As ``--methods`` takes it.
+        name: As a design has it.
         told: What it does, in a line.
         family: For the figure.
         score: Suspicion of every training row [n].
@@ -137,7 +137,9 @@ def named(names: Sequence[str]) -> tuple[str, ...]:
         if name not in METHODS:
             near = get_close_matches(name, METHODS, 1)
             meant = f" Did you mean {near[0]}?" if near else ""
-            raise OptionError(f"--methods: there is no {name!r}.{meant} Known are {', '.join(METHODS)}.")
+            raise OptionError(
+                f"methods={name!r}: there is no such method.{meant} Known are {', '.join(METHODS)}."
+            )
     return tuple(dict.fromkeys(names)) or tuple(METHODS)
 
 
@@ -183,7 +185,9 @@ def _influence(context: Context) -> Tensor:
         context.task,
         context.last[0],
         solver="ekfac",
-        samples=1,  # ranks as the exact expectation does, which takes a backward pass per class
+        # One random-sign root per row in place of a backward pass per class: on digits the order of the rows has a rank
+        # correlation above 0.99 with that of the exact expectation.
+        samples=1,
         seed=context.seed,
         device=context.device,
         memory=context.memory,

@@ -291,16 +291,16 @@ class StudyResult:
             raise ResultError(f"{path} lacks {error}: it was written by something else.") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file."""
+def read_json(path: Path, mend: str = "Give the study.json of a study.") -> dict[str, Any]:
+    """A JSON object from a file; what to do about a file that holds none is said by ``mend``."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ResultError(f"{path} cannot be read: {error}. Check the path.") from error
     except json.JSONDecodeError as error:
-        raise ResultError(f"{path} is no JSON: {error}. Give the study.json of a study.") from error
+        raise ResultError(f"{path} is no JSON: {error}. {mend}") from error
     if not isinstance(values, dict):
-        raise ResultError(f"{path} holds a {type(values).__name__}. Give the study.json of a study.")
+        raise ResultError(f"{path} holds a {type(values).__name__}. {mend}")
     return values
 
 

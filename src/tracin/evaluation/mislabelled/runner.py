@@ -9,7 +9,6 @@ import shutil
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,16 @@ import torch
 from torch import Tensor
 
 from tracin.checkpoints import Trajectory
-from tracin.errors import OptionError, ResultError, TracinError
+from tracin.errors import (
+    DataError,
+    LossError,
+    MissingExtraError,
+    ModelError,
+    OptionError,
+    RateError,
+    ResultError,
+    TracinError,
+)
 from tracin.evaluation.flips import Flips, flip_count
 from tracin.evaluation.mislabelled.clock import Clock, span
 from tracin.evaluation.mislabelled.data import Rows, StudyData
@@ -29,10 +37,12 @@ from tracin.evaluation.mislabelled.repair import repair
 from tracin.evaluation.mislabelled.result import Cell, Found, StudyResult, found_of, read_json
 from tracin.evaluation.mislabelled.training import Trainer
 from tracin.files import read_tensors, write_tensors, write_text
+from tracin.methods.provenance import versions
 
 __all__ = ["run_study"]
 
 Tell = Callable[[str], None]
+_REFUSALS = (DataError, LossError, MissingExtraError, ModelError, OptionError, RateError)
 _EPOCHS = 10  # for the time left, where a study file trains its own way
 
 
@@ -50,7 +60,8 @@ def run_study(
     Methods run one after the other. Those that read the same pass, such as the three weightings, share it, and each is
     charged for it; one that reads the last checkpoint alone, for that checkpoint's part of it. After each method
     the cell is written to ``folder/cells``; called again with the same folder, the study goes on from there. A method
-    that refuses, or lacks a package, is kept with its reason and tried again by the next call.
+    that refuses, or lacks a package, is kept with its reason and tried again by the next call; so is one that fails with
+    another error of tracin, whose kind is then named. Any other exception is a mistake in the code, and ends the study.
 
     Args:
         design: What to do.
@@ -77,7 +88,7 @@ class _Runner:
         self.design, self.data, self.tell = design, data, tell
         self.device, self.memory = device, memory
         self.cells = folder / "cells"
-        self.basis = design.basis(data.digest)
+        self.basis = design.basis(data.digest, data.file)
         self.trainer = Trainer(design, data, device)
         self.planter = Planter(design, data, self.trainer, self.cells)
         self.training = float(design.epochs or _EPOCHS)
@@ -106,12 +117,12 @@ class _Runner:
         path = self._path(key)
         if not path.exists():
             return None
-        cell = Cell.from_json(read_json(path))
+        cell = Cell.from_json(read_json(path, "Remove it: the study makes it again."))
         if cell.basis != self.basis:
             odd = [name for name in self.basis if cell.basis.get(name) != self.basis[name]]
             told = ", ".join(f"{name} was {cell.basis.get(name)} and is {self.basis[name]}" for name in odd)
             raise OptionError(
-                f"{path} is of another study: {told}. Choose another --out, or remove the file."
+                f"{path} is of another study: {told}. Choose another folder, or remove the file."
             )
         return cell
 
@@ -158,6 +169,8 @@ class _Runner:
     def _cell(self, key: CellKey, cell: Cell | None) -> Cell:
         flips = self.planter.flips(key.flips, key.seed)
         rows = (self.data.train[0], flips.labels)
+        if cell is not None:
+            self._scores(key, cell)  # a damaged file is told before anything is trained
         cell, trajectory = self._trained(key, cell, rows, flips)
         self.tell(
             f"{key.flips} flips, {key.schedule} schedule, seed {key.seed}: trained in {span(cell.train_seconds)}, "
@@ -187,7 +200,12 @@ class _Runner:
         path = self._path(key, ".safetensors")
         if not path.exists() or not cell.found:
             return {}
-        kept, _ = read_tensors(path, ResultError)
+        try:
+            kept, _ = read_tensors(path, ResultError)
+        except ResultError as error:
+            raise ResultError(
+                f"{error} Or remove {path} and {self._path(key)}: the study makes them again."
+            ) from error
         return {
             name: kept[name] for name, found in cell.found.items() if found.not_run is None and name in kept
         }
@@ -255,7 +273,7 @@ class _Runner:
             with measured() as taken:
                 scores = method.score(context).detach().cpu().double()
         except TracinError as error:
-            return Found(not_run=" ".join(str(error).split())), None
+            return Found(not_run=_reason(error)), None
         if method.reads is not None:
             share = 1 / len(context.trajectory) if method.last_alone else 1.0
             taken = taken.after(context.shared[method.reads][1], share)
@@ -268,12 +286,16 @@ class _Runner:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def _reason(error: TracinError) -> str:
+    """Why a method did not run; an error that is no refusal is named, so that nobody takes it for one."""
+    told = " ".join(str(error).split())
+    return told if isinstance(error, _REFUSALS) else f"{type(error).__name__}: {told}"
+
+
 def made_with(device: torch.device) -> dict[str, Any]:
     """Where a study ran."""
     return {
-        "tracin": version("tracin"),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        **versions(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "processor": processor(),
         "threads": torch.get_num_threads(),

@@ -145,7 +145,7 @@ def device_of(device: str) -> torch.device:
         found = torch.device(device)
         torch.zeros(1, device=found)
     except (RuntimeError, AssertionError) as error:
-        raise OptionError(f"--device {device} is not there: {error}") from error
+        raise OptionError(f"device={device} is not there: {error}") from error
     return found
 
 
@@ -204,7 +204,7 @@ def batches(order: Tensor, size: int) -> list[Tensor]:
 def _refuse_divergence(loss: Tensor, step: int) -> None:
     value = float(loss.detach())
     if not math.isfinite(value):
-        raise NotFiniteError(f"the training loss is {value} at step {step}: take a lower --rate.")
+        raise NotFiniteError(f"the training loss is {value} at step {step}: take a lower rate.")
 
 
 @contextmanager
