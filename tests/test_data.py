@@ -6,12 +6,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, SequentialSampler, Subset, TensorDataset
 
-from tracin.data import Batch, RowSource, describe_rows, open_rows, row_checksums, to_device, user_code
+from tracin.data import RowSource, describe_rows, open_rows, to_device, user_code
 from tracin.errors import DataError, OptionError, UserCodeError
 
 N = 7
@@ -203,39 +201,6 @@ def test_user_code_lets_control_flow_through() -> None:
         raise KeyboardInterrupt
     with pytest.raises(DataError, match=r"^ours$"), user_code("the loss", [0]):
         raise DataError("ours")
-
-
-def checksums(*leaves: Tensor) -> Tensor:
-    found = row_checksums(Batch(range(len(leaves[0])), leaves))
-    assert found is not None
-    return found
-
-
-@given(row=st.integers(0, N - 1), column=st.integers(0, 5), amount=st.floats(1e-3, 10))
-def test_a_checksum_belongs_to_its_row(row: int, column: int, amount: float) -> None:
-    x = torch.randn(N, 6, generator=torch.Generator().manual_seed(1))
-    changed = x.clone()
-    changed[row, column] += amount
-    different = checksums(x, Y) != checksums(changed, Y)
-    assert different.nonzero().flatten().tolist() == [row]
-
-
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.bool]
-)
-def test_checksums_see_order_within_a_row(dtype: torch.dtype) -> None:
-    x = torch.tensor([[[0, 1, 0], [1, 1, 0]]]).to(dtype)
-    plain = checksums(x)
-    assert plain.dtype == torch.float64
-    for other in (x.flip(2), x.flip(1), x.transpose(1, 2)[:, :2], x.roll(1, 2)):
-        assert not torch.equal(plain, checksums(other)), "a mirrored or shifted picture is another picture"
-
-
-def test_checksums_see_which_tensor_holds_what() -> None:
-    a, b = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [4.0]])
-    assert not torch.equal(checksums(a, b), checksums(b, a))
-    assert row_checksums(Batch(range(2), ["words", "more"])) is None
-    assert row_checksums(Batch(range(2), torch.zeros(3))) is None, "no row per example"
 
 
 def test_to_device() -> None:

@@ -10,11 +10,10 @@ it is what ``collate`` makes of the rows; from a loader it is what the loader yi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -32,9 +31,7 @@ __all__ = [
     "describe_rows",
     "open_rows",
     "require_batch_size",
-    "row_checksums",
     "rows_per_batch",
-    "same_checksums",
     "to_device",
     "user_code",
 ]
@@ -372,43 +369,3 @@ def _moved(leaf: Any, device: torch.device, copy: bool) -> Any:
         return leaf.to(device, non_blocking=True, copy=copy)
     mover = getattr(leaf, "to", None)
     return mover(device) if callable(mover) else leaf
-
-
-def row_checksums(batch: Batch, *, double: bool = False) -> Tensor | None:
-    """One number per row that changes when the row's content or the order within it changes.
-
-    A weighted sum with fixed weights, so that a mirrored picture differs from the picture.
-
-    Args:
-        batch: The batch as the source made it.
-        double: Add up in float64, so that the same row gives the same number in batches of any size.
-
-    Returns:
-        Float64 [size], or None where no tensor of the batch has a row per example.
-    """
-    total = None
-    for leaf in pytree.tree_leaves(batch.value):
-        if (
-            not isinstance(leaf, Tensor)
-            or leaf.dim() == 0
-            or leaf.shape[0] != batch.size
-            or leaf.is_complex()
-        ):
-            continue
-        flat = leaf.detach().reshape(batch.size, -1)
-        if double or flat.dtype not in (torch.float32, torch.float64):
-            flat = flat.to(torch.float64)
-        part = (flat @ _weights(flat.shape[1], flat.dtype, flat.device)).to(device="cpu", dtype=torch.float64)
-        total = part if total is None else math.pi * total + part
-    return total
-
-
-def same_checksums(mine: Tensor, theirs: Tensor) -> Tensor:
-    """Whether rows are the same by their float64 checksums, bool [n]."""
-    return torch.isclose(mine, theirs, rtol=1e-9, atol=1e-9, equal_nan=True)
-
-
-@lru_cache(maxsize=16)
-def _weights(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    steps = torch.arange(1, length + 1, dtype=torch.float64)
-    return (torch.remainder(steps * 0.6180339887498949, 1.0) + 0.5).to(device=device, dtype=dtype)

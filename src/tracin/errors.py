@@ -26,6 +26,7 @@ __all__ = [
     "CheckpointError",
     "ConvergenceError",
     "DataError",
+    "IncompleteLedgerWarning",
     "LoopError",
     "LossError",
     "MissingExtraError",
@@ -94,6 +95,10 @@ class MissingExtraError(TracinError, ImportError):
 
 class UserCodeError(TracinError, RuntimeError):
     """An exception inside the user's model, loss or dataset; the original is its ``__cause__``."""
+
+
+class IncompleteLedgerWarning(UserWarning):
+    """The queries' losses changed between two steps that ``OnlineTracIn`` recorded: no row is credited with it."""
 
 
 class AdaptiveOptimizerWarning(UserWarning):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 import tracin
 from tracin.curvature.operators import CurvatureRows
@@ -40,6 +41,39 @@ def cnn(dtype: torch.dtype = DOUBLE) -> nn.Module:
             nn.Flatten(),
             nn.Linear(4, 3),
         ).to(dtype)
+
+
+class OnceTanh(torch.autograd.Function):
+    """A tanh whose backward cannot be differentiated: autograd finds no path through it and says nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.tanh()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return grad * (1 - y * y)
+
+
+class Once(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return OnceTanh.apply(x)
+
+
+def once(dtype: torch.dtype = DOUBLE) -> nn.Module:
+    """``mlp`` with that tanh."""
+    model = mlp(dtype)
+    model[1] = Once()
+    return model
+
+
+def once_loss(model: nn.Module, batch: Any) -> Tensor:
+    """A squared error of squashed outputs, whose slope cannot be differentiated whole."""
+    return (OnceTanh.apply(model(batch[0])) - 2.0).square().sum(1)
 
 
 class Tied(nn.Module):

@@ -31,7 +31,7 @@ from curvature.common import (
 from tracin.curvature import dense, spectrum
 from tracin.curvature.columns import Columns, missing
 from tracin.curvature.operators import GaussNewton, Hessian, product
-from tracin.errors import ModelError
+from tracin.errors import ConvergenceError, ModelError, OptionError
 
 Case = tuple[Callable[[], nn.Module], Any, Any, Callable[[Tensor], Tensor]]
 
@@ -234,3 +234,45 @@ def test_extreme_eigenvalues_and_trace() -> None:
     estimate = spectrum.trace(times, 40, matrix, probes=4000)
     assert estimate == pytest.approx(float(matrix.trace()), rel=0.05)
     assert spectrum.smallest(times, 40, matrix, seed=1).value == pytest.approx(-2.0, abs=1e-2)
+
+
+def test_the_smallest_eigenvalue_beside_a_far_larger_one() -> None:
+    bulk = 0.1 * torch.linspace(-1, 1, 396, dtype=DOUBLE)
+    far = torch.tensor([1000.0, 400.0, 90.0, -0.13], dtype=DOUBLE)
+    values = torch.cat([far, bulk])
+
+    def times(v: Tensor) -> Tensor:
+        return v * values
+
+    for seed in range(5):
+        low = spectrum.smallest(times, 400, values, seed=seed)
+        assert low.value == pytest.approx(-0.13, rel=3e-3)
+        assert -0.131 < low.least <= -0.13
+        assert low.products < 200
+    coarse = spectrum.smallest(times, 400, values.float(), floor=1.0)  # held against a damping of 1
+    assert -0.14 < coarse.least <= -0.13
+    with pytest.raises(ConvergenceError, match="not known after 12 products") as caught:
+        spectrum.smallest(times, 400, values, iterations=12)
+    for knob in ("damping=", "memory=", "float64", "gauss_newton"):
+        assert knob in str(caught.value)
+
+
+def test_vectors_that_do_not_fit_the_memory() -> None:
+    assert spectrum.steps_of(51, 2 << 30) == 51
+    assert spectrum.steps_of(10**6, 2 << 30) == 134
+    assert spectrum.steps_of(10**4, 2 << 30) == 200
+    with pytest.raises(OptionError, match=r"vector of 100,000,000 float64 numbers .*Raise memory="):
+        spectrum.steps_of(10**8, 2 << 30)
+    assert [spectrum.probes_at_once(p, 2 << 30) for p in (51, 10**6, 10**8)] == [64, 16, 1]
+    matrix = torch.diag(torch.linspace(1, 3, 40, dtype=DOUBLE))
+    matrix[3, 5] = matrix[5, 3] = 0.7
+    sizes: list[int] = []
+
+    def times(v: Tensor) -> Tensor:
+        sizes.append(len(v))
+        return v @ matrix
+
+    whole, tiled = (spectrum.trace(times, 40, matrix, at_once=at_once) for at_once in (64, 24))
+    assert sizes == [64, 24, 24, 16]
+    assert tiled == pytest.approx(whole, rel=1e-12)
+    assert whole == pytest.approx(float(matrix.trace()), rel=0.05)

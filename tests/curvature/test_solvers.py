@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import tracin
 from curvature.common import (
     DOUBLE,
     N,
+    Tied,
     cnn,
     curvature_rows,
     flat_rows,
@@ -23,6 +25,8 @@ from curvature.common import (
     seeded,
     softmax_hessian,
 )
+from tracin.curvature.cost import cost
+from tracin.curvature.operators import CurvatureRows
 from tracin.curvature.solvers import CurvatureOptions, Prepared, prepare
 from tracin.errors import ConvergenceError, NotFiniteError, OptionError
 
@@ -155,7 +159,7 @@ def test_cg_in_float32_says_when_rounding_stops_it() -> None:
 @pytest.mark.parametrize("solver", ["cg", "lissa"])
 def test_a_gradient_that_is_not_finite(solver: str) -> None:
     g = torch.full((1, size(mlp())), float("nan"), dtype=DOUBLE)
-    with pytest.raises(NotFiniteError, match="not finite"):
+    with pytest.raises(NotFiniteError, match="row 0 of the 1 gradients"):
         solved(mlp(), flat_rows(N, 1), g, solver=solver, damping=0.1)
 
 
@@ -211,6 +215,58 @@ def test_lissa_draws_the_same_batches_again() -> None:
     assert not torch.equal(first, other)
     exact = solved(model, batch, g, damping=0.3)
     assert off(first, exact[0]) < 0.05
+
+
+def test_lissa_in_the_flattest_direction_of_a_hessian() -> None:
+    """A damping just above −λ_min has solutions far longer than 1/λ."""
+    model, batch = mlp(), flat_rows(N, 1)
+    matrix = truth("hessian", model, batch)
+    values, vectors = torch.linalg.eigh(matrix)
+    damping = -1.05 * float(values[0])
+    g = vectors[:, :1].mT.contiguous()
+    x, _, found = solved(model, batch, g, solver="lissa", curvature="hessian", damping=damping)
+    assert float(x.norm()) > 10 / damping
+    assert off(x, g / (damping + float(values[0]))) < 0.06
+    with pytest.raises(ConvergenceError, match="diverged at step"):
+        solved(model, batch, g, solver="lissa", curvature="hessian", damping=damping, scale=0.05)
+    assert found.solver.report["residual"] <= 0.05
+
+
+def counted_passes(rows: CurvatureRows) -> tuple[CurvatureRows, list[int]]:
+    seen: list[int] = []
+
+    def batches() -> Any:
+        seen.append(1)
+        return rows.batches()
+
+    return replace(rows, batches=batches), seen
+
+
+COUNTED = [
+    (name, solver, kind)
+    for name in ("mlp", "tied")
+    for solver in ("exact", "cg", "lissa", "ekfac")
+    for kind in ("gauss_newton", "hessian")
+    if solver != "ekfac" or (name, kind) == ("mlp", "gauss_newton")
+]
+
+
+@pytest.mark.parametrize("damping", [None, 2.0])
+@pytest.mark.parametrize(("name", "solver", "kind"), COUNTED)
+def test_the_cost_counts_what_is_done(name: str, solver: str, kind: str, damping: float | None) -> None:
+    torch.manual_seed(2)
+    model, batch = mlp() if name == "mlp" else Tied().double(), flat_rows(N, 1)
+    options = CurvatureOptions(curvature=kind, solver=solver, damping=damping, memory=2 << 20)
+    with curvature_rows(tracin.Task(model, LOSS), batch) as (run, rows):
+        told = cost(rows, run.train.wiring, options)
+        counted, seen = counted_passes(rows)
+        prepare(counted, run.train.wiring, options)
+    assert told.seconds > 0 or not seen
+    if kind == "gauss_newton" or solver == "exact":
+        batchwise = 30 if solver == "lissa" else 0  # power iteration on batches, not on passes
+        assert told.passes - batchwise == len(seen)
+    else:
+        assert len(seen) <= told.passes <= len(seen) + 30 + size(model)
 
 
 def test_lissa_says_which_knob() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,11 +24,13 @@ from curvature.common import (
     gauss_newton,
     hessian,
     mlp,
+    once,
     pictures,
     row_gradients,
     softmax_hessian,
 )
 from tracin.errors import DataError, ModelError, NotFiniteError, OptionError, TracinError
+from tracin.scoring.run import Run
 
 LOSS = tracin.losses.cross_entropy
 DAMPING = 0.02
@@ -237,8 +240,65 @@ def test_verify_and_plan() -> None:
         plan = method(model, solver=solver).plan(train, queries)
         assert plan.passes > base.passes
         assert plan.peak_bytes > base.peak_bytes
+        assert plan.seconds > 0
     with pytest.raises(OptionError, match="GiB"):
         method(model, memory=10_000).plan(train, queries)
+
+
+@pytest.mark.parametrize("memory", ["1GiB", 20_000])
+@pytest.mark.parametrize(
+    "options",
+    [{"solver": "exact"}, {"solver": "ekfac"}, {"solver": "exact", "curvature": "hessian", "damping": 2.0}],
+)
+def test_a_plan_counts_the_passes_of_the_run(
+    options: dict[str, Any], memory: str | int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: Counter[str] = Counter()
+    batches = Run.batches
+
+    def counted(run: Run, source: Any, **kinds: Any) -> Any:
+        passes[source.rows.name] += 1
+        return batches(run, source, **kinds)
+
+    names = ["0.bias", "2.bias"]
+    chosen = method(mlp(), parameters=names, memory=memory, **options)
+    train, queries = flat_rows(N, 1), flat_rows(40, 7)
+    plan = chosen.plan(train, queries)
+    monkeypatch.setattr(Run, "batches", counted)
+    chosen.influence(train, queries)
+    assert plan.passes == passes["train"]
+    assert (plan.passes > 3) == (memory == 20_000)
+
+
+def test_a_plan_of_ekfac_makes_no_products() -> None:
+    chosen = method(once(), solver="ekfac")
+    assert chosen.plan(flat_rows(N, 1), flat_rows(M, 7)).passes == 3
+    with pytest.raises(ModelError, match="@once_differentiable"):
+        method(once(), solver="cg").plan(flat_rows(N, 1), flat_rows(M, 7))
+
+
+def test_provenance_has_the_seed_of_what_was_drawn_and_the_rows_that_were_given() -> None:
+    model, train, queries = mlp(), flat_rows(N, 1), flat_rows(M, 7)
+
+    def record(**options: Any) -> dict[str, Any]:
+        return method(model, **{"seed": 5, "damping": None, **options}).influence(train, queries).provenance
+
+    for options, seed in (
+        ({"solver": "exact"}, None),
+        ({"solver": "cg"}, None),
+        ({"solver": "ekfac"}, None),
+        ({"solver": "ekfac", "samples": 2}, 5),
+        ({"solver": "lissa"}, 5),
+        ({"solver": "cg", "curvature": "hessian"}, 5),
+        ({"solver": "exact", "curvature": "hessian"}, None),
+    ):
+        assert record(**options)["seed"] == seed, options
+    assert "curvature_digest" not in record()
+    other = train[0].clone(), train[1]
+    other[0][3, 0] += 1e-3
+    given = record(curvature_data=train)["curvature_digest"]
+    assert given == record(curvature_data=train, batch_size=5)["curvature_digest"]
+    assert given != record(curvature_data=other)["curvature_digest"]
 
 
 OPTIONS: list[tuple[dict[str, Any], str]] = [
@@ -250,7 +310,13 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"damping": "1"}, "damping is '1'"),
     ({"tolerance": 0.1}, "tolerance is read by solver='cg' or 'lissa', not by 'exact'"),
     ({"solver": "cg", "tolerance": 0.0}, "tolerance is 0.0"),
+    ({"solver": "cg", "tolerance": float("inf")}, "tolerance is inf"),
     ({"solver": "cg", "iterations": 2.5}, "iterations is 2.5"),
+    ({"solver": "cg", "iterations": 50.0}, "iterations is 50.0. Give a positive whole number"),
+    ({"solver": "ekfac", "samples": 1.0}, "samples is 1.0"),
+    ({"solver": "lissa", "damping": 0}, "damping is 0: solver='lissa' needs a positive one"),
+    ({"solver": "ekfac", "damping": 0.0}, "damping is 0: solver='ekfac' needs a positive one"),
+    ({"damping": float("inf")}, "damping is inf"),
     ({"solver": "cg", "scale": 2.0}, "scale is read by solver='lissa'"),
     ({"solver": "lissa", "samples": 1}, "samples is read by solver='ekfac'"),
     ({"seed": 1.5}, "seed is 1.5"),

@@ -49,7 +49,7 @@ def test_equal_values_go_to_the_lower_id_across_tiles() -> None:
 
 @pytest.mark.parametrize("k", [0, -1, 6, True])
 def test_k_out_of_range(k: int) -> None:
-    with pytest.raises(OptionError, match="from 1 to the number of train rows, 5"):
+    with pytest.raises(OptionError, match="from 1 to 5, the number of train rows"):
         check_k(k, 5)
 
 

@@ -5,20 +5,18 @@ Source: Hestenes & Stiefel 1952, *Methods of conjugate gradients for solving lin
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from tracin.curvature.dense import damping_error
+from tracin.curvature.dense import damping_error, rounding_of
+from tracin.curvature.iterative import IterativeSolver
 from tracin.curvature.operators import Curvature, product
-from tracin.errors import ConvergenceError, NotFiniteError
-from tracin.shapes import Float
+from tracin.errors import ConvergenceError
 
 __all__ = ["ConjugateGradients"]
 
 
-class ConjugateGradients:
+class ConjugateGradients(IterativeSolver):
     """Solves by conjugate gradients in float64 (products in the model's dtype).
 
     Args:
@@ -27,38 +25,26 @@ class ConjugateGradients:
         kind: The curvature's name, for messages.
         tolerance: ‖(C + λI) x − g‖ / ‖g‖ at which to stop.
         iterations: At most so many products.
+        low: A lower bound of C's smallest eigenvalue; Gauss-Newton's is 0.
     """
 
     def __init__(
-        self, curvature: Curvature, damping: float, kind: str, *, tolerance: float, iterations: int
+        self,
+        curvature: Curvature,
+        damping: float,
+        kind: str,
+        *,
+        tolerance: float,
+        iterations: int,
+        low: float = 0.0,
     ) -> None:
-        self.curvature, self.damping, self.kind = curvature, damping, kind
-        self.tolerance, self.iterations = tolerance, iterations
-        self.report: dict[str, Any] = {"tolerance": tolerance, "iterations": 0, "residual": 0.0}
+        super().__init__("cg", damping, tolerance, iterations)
+        self.curvature, self.kind, self.low = curvature, kind, low
 
-    def solve(self, gradients: Float[Tensor, "n p"]) -> Float[Tensor, "n p"]:
-        """(C + λI)⁻¹ g for n vectors.
-
-        Args:
-            gradients: The vectors.
-
-        Returns:
-            The solutions, in float64.
-
-        Raises:
-            ConvergenceError: Some vector did not reach the tolerance.
-            OptionError: A direction of no or negative curvature was met; the message bounds λ_min.
-            NotFiniteError: A vector is NaN or infinite.
-        """
-        b = gradients.double()
-        if not bool(torch.isfinite(b).all()):
-            raise NotFiniteError("a gradient given to the solver is not finite.")
-        # Units of their own: float32 models multiply vectors of size 1.
-        sizes = torch.linalg.vector_norm(b, dim=1, keepdim=True)
-        b = b / sizes.clamp_min(torch.finfo(b.dtype).tiny)
-        x, r = torch.zeros_like(b), b.clone()
+    def _solve_units(self, units: Tensor) -> tuple[Tensor, int, float]:
+        x, r = torch.zeros_like(units), units.clone()
         d, rho = r.clone(), r.square().sum(1)
-        active = (sizes[:, 0] > 0).nonzero()[:, 0]
+        active = (rho > 0).nonzero()[:, 0]
         done = 0
         for done in range(1, self.iterations + 1):
             if not len(active):
@@ -77,18 +63,11 @@ class ConjugateGradients:
             active = active[fresh.sqrt() > self.tolerance]
         if len(active):
             raise ConvergenceError(
-                f"solver='cg' left {len(active)} of {len(b)} systems above tolerance={self.tolerance:g} after "
+                f"solver='cg' left {len(active)} of {len(units)} systems above tolerance={self.tolerance:g} after "
                 f"{self.iterations} iterations (worst {float(rho.max().sqrt()):.2e}). Raise damping= (now {self.damping:.3g}; "
                 "it helps most), or iterations=, or tolerance=."
             )
-        over = self._left_over(x, b)
-        self.report["iterations"] = max(self.report["iterations"], done)
-        self.report["residual"] = max(self.report["residual"], over)
-        return x * sizes
-
-    def quadratic(self, gradients: Float[Tensor, "n p"]) -> Float[Tensor, " n"]:
-        """gᵀ (C + λI)⁻¹ g of each vector."""
-        return (gradients.double() * self.solve(gradients)).sum(1)
+        return x, done, self._left_over(x, units)
 
     def _left_over(self, x: Tensor, b: Tensor) -> float:
         """The residual as it is, not as the recursion has it: rounding in the model's dtype parts the two."""
@@ -102,6 +81,8 @@ class ConjugateGradients:
         return over
 
     def _refuse_flat(self, bend: Tensor, directions: Tensor) -> None:
-        worst = bend / directions.square().sum(1)
-        if float(worst.min()) <= 0:
-            raise damping_error(self.damping, float(worst.min()) - self.damping, self.kind)
+        """λ_max is at least the bend in any direction."""
+        bends = bend / directions.square().sum(1) - self.damping
+        low, high = float(bends.min()), float(bends.max())
+        if min(low, self.low) + self.damping <= rounding_of(high, directions.shape[1]):
+            raise damping_error(self.damping, min(low, self.low), high, self.kind)

@@ -4,8 +4,9 @@ With :math:`H_n = R_n R_n^\top` (``outputs.roots``), Gauss-Newton is :math:`\fra
 :math:`g_{nk} = J_n^\top r_{nk}` is a gradient like any other: one forward pass, one backward pass per column k, and the
 rules of the layers turn inputs and δ into blocks.
 
-This is the Fisher information with the expectation over labels taken exactly; ``samples`` draws it: column s is
-:math:`R_n \varepsilon_{ns} / \sqrt S` with random signs ε, so that the sum keeps its expectation.
+This is the Fisher information with the expectation over labels taken exactly. ``samples`` replaces the columns by S random
+mixtures of them, :math:`R_n \varepsilon_{ns} / \sqrt S` with random signs ε, so that the sum keeps its expectation. No labels are
+drawn.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tracin.curvature.checks import check_loss
 from tracin.curvature.operators import CurvatureRows
 from tracin.curvature.outputs import outputs_of, roots
-from tracin.data import Batch, describe_rows
+from tracin.data import Batch, describe_rows, to_device
 from tracin.errors import DataError, ModelError
 from tracin.gradients.agreement import relative_error, tolerance
 from tracin.gradients.blocks import Block
@@ -77,7 +79,7 @@ class Columns:
     Args:
         rows: The curvature rows.
         wiring: The layers' rules and layouts.
-        samples: Random columns per row instead of all; None: all.
+        samples: Random mixtures of the columns per row instead of all columns; None: all.
         seed: Of the random columns.
 
     Raises:
@@ -100,8 +102,11 @@ class Columns:
         modules = {name: site.module for name, site in self.sites.items()}
         for batch, value in self.rows.batches():
             n = batch.size
+            spare = to_device(value, self.rows.source.device, copy=True) if first else None
             with recording(modules, frozenset(modules)) as tape:
                 found = outputs_of(self.rows.source, batch, value, self.rows.vectors.tensors)
+            if first:
+                check_loss(found, self.rows.source, batch, spare)
             at, root = roots(found, self.rows.source, value, n)
             made = found.made[at]
             uses = self._uses(tape.calls, batch)
@@ -115,6 +120,23 @@ class Columns:
                     self._check(done, made, sent)
                     first = False
                 yield done
+
+    def trace(self) -> float:
+        """The trace of Gauss-Newton, in one pass."""
+        total = 0.0
+        for column in self:
+            for site in self.sites.values():
+                parts: dict[tuple[str, ...], list[Block]] = {}
+                for blocks in column.blocks(site):
+                    for names, block in blocks.items():
+                        parts.setdefault(names, []).append(block)
+                for found in parts.values():
+                    if len(found) == 1:
+                        total += float(found[0].squared_norm().double().sum())
+                    else:
+                        flat = torch.stack([block.materialise() for block in found]).sum(0)
+                        total += float(flat.double().square().sum())
+        return total / len(self.rows)
 
     def _drawn(self, root: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
         if self.samples is None:

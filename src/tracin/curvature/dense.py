@@ -18,10 +18,13 @@ __all__ = [
     "from_columns",
     "from_products",
     "refuse_too_large",
+    "rounding_of",
 ]
 
 # The matrix, its factor, and one temporary.
 COPIES = 3
+# Unit vectors per pass over the data.
+COLUMNS = 256
 
 
 def bytes_of(p: int) -> int:
@@ -55,7 +58,7 @@ def refuse_too_large(p: int, memory: int) -> None:
         )
 
 
-def from_products(curvature: Curvature, block: int = 256) -> Float[Tensor, "p p"]:
+def from_products(curvature: Curvature, block: int = COLUMNS) -> Float[Tensor, "p p"]:
     """C column by column: products with unit vectors, 256 a pass.
 
     Args:
@@ -126,10 +129,12 @@ class CholeskySolver:
         factor, failed = torch.linalg.cholesky_ex(damped)
         # A pivot that is rounding noise solves nothing.
         pivots = factor.diagonal().square()
-        size = max(1.0, float(len(matrix))) * torch.finfo(matrix.dtype).eps
-        if bool(failed) or float(pivots.min()) <= size * float(damped.diagonal().abs().max()):
-            low = float(torch.linalg.eigvalsh(matrix)[0])
-            raise damping_error(damping, low, kind)
+        noise = rounding_of(float(torch.linalg.matrix_norm(matrix)), len(matrix))
+        if bool(failed) or min(float(pivots.min()), damping) <= noise:
+            values = torch.linalg.eigvalsh(matrix)
+            low, high = float(values[0]), float(values.abs().max())
+            if bool(failed) or damping + low <= rounding_of(high, len(matrix)):
+                raise damping_error(damping, low, high, kind)
         self._factor = factor
         self.report = {"parameters": len(matrix)}
 
@@ -143,21 +148,37 @@ class CholeskySolver:
         return half.square().sum(0)
 
 
-def damping_error(damping: float, low: float, kind: str) -> OptionError:
+def rounding_of(high: float, p: int) -> float:
+    """What float64 cannot tell from zero among the eigenvalues: p · eps · λ_max.
+
+    Args:
+        high: λ_max, or a bound of it.
+        p: Size of the matrix.
+
+    Returns:
+        The number that λ_min + λ has to exceed.
+    """
+    return p * torch.finfo(torch.float64).eps * high
+
+
+def damping_error(damping: float, low: float, high: float, kind: str) -> OptionError:
     """The error of a damping that leaves a direction flat or curved downwards.
 
     Args:
         damping: λ.
-        low: The curvature's smallest eigenvalue.
+        low: The curvature's smallest eigenvalue, or a bound of it.
+        high: The size of its largest, as far as it is known.
         kind: The curvature's name.
 
     Returns:
         The error.
     """
     shown = "Hessian" if kind == "hessian" else "Gauss-Newton matrix"
+    # An eigenvalue that is rounding noise is no scale for a damping.
+    advised = f"well above {-low:.6g}" if -low > 1e-12 * high else f"such as {1e-3 * high:.3g}, λ_max / 1000"
     return OptionError(
-        f"damping={damping:.6g} is too small: the smallest eigenvalue of the {shown} is λ_min = {low:.6g}, and C + damping·I "
-        f"must be positive definite. Give a damping well above {max(-low, 0.0):.6g}"
+        f"damping={damping:.6g} is too small: the smallest eigenvalue of the {shown} is λ_min = {low:.6g}, the largest about "
+        f"{high:.3g}, and C + damping·I must be positive definite beyond rounding. Give a damping {advised}"
         + (
             ", or use curvature='gauss_newton', which has no negative eigenvalues."
             if kind == "hessian"

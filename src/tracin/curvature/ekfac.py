@@ -33,7 +33,7 @@ from tracin.gradients.rules import convolution_block
 from tracin.gradients.sites import RuleSite
 from tracin.shapes import Float
 
-__all__ = ["Eigenbasis", "EkfacSolver", "fit"]
+__all__ = ["Eigenbasis", "EkfacSolver", "covariances", "fit", "refuse_too_large"]
 
 # Entries of the largest parameter that gets a dense block of its own.
 DENSE_ENTRIES = 4096
@@ -95,8 +95,24 @@ def _is_kronecker(site: RuleSite) -> bool:
     return isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd) and module.groups == 1
 
 
-def _refuse(columns: Columns, memory: int) -> None:
-    """Refuse layers whose factors or blocks are too large, before anything is run."""
+def _factored(columns: Columns) -> dict[str, RuleSite]:
+    return {name: site for name, site in columns.sites.items() if _is_kronecker(site)}
+
+
+def refuse_too_large(columns: Columns, memory: int) -> int:
+    """Refuse layers whose factors or blocks are too large, before anything is run.
+
+    Args:
+        columns: The Fisher's root columns.
+        memory: Bound on the factors, in bytes.
+
+    Returns:
+        What the factors take, in bytes.
+
+    Raises:
+        ModelError: A parameter too large for a dense block.
+        OptionError: Factors too large for the memory.
+    """
     parameters = columns.rows.vectors.parameters
     total = 0
     for site in columns.sites.values():
@@ -119,6 +135,7 @@ def _refuse(columns: Columns, memory: int) -> None:
             f"solver='ekfac' needs {total / 2**30:,.1f} GiB for the factors, more than memory={memory / 2**30:,.1f} GiB. "
             "Raise memory=, or trace fewer parameters (Task(parameters='head.*'))."
         )
+    return total
 
 
 def _inputs(site: RuleSite, column: Column) -> Tensor:
@@ -197,13 +214,10 @@ def fit(columns: Columns, memory: int) -> list[Eigenbasis]:
         OptionError: Factors too large for the memory.
         NotFiniteError: A factor is NaN or infinite.
     """
-    _refuse(columns, memory)
-    kronecker = {name: site for name, site in columns.sites.items() if _is_kronecker(site)}
-    others = {name: site for name, site in columns.sites.items() if name not in kronecker}
-    covariances = _covariances(columns, kronecker, others)
+    refuse_too_large(columns, memory)
     bases: dict[Any, Tensor] = {}
     blocks = []
-    for key, matrix in covariances.items():
+    for key, matrix in covariances(columns).items():
         if not bool(torch.isfinite(matrix).all()):
             raise NotFiniteError(
                 f"a factor of {key[0]} is not finite ({columns.rows.source.where}). Use a float64 model."
@@ -211,12 +225,20 @@ def fit(columns: Columns, memory: int) -> list[Eigenbasis]:
         values, bases[key] = torch.linalg.eigh((matrix + matrix.mT) / 2)
         if key[1] == "block":
             blocks.append(Eigenbasis((key[0],), bases[key], None, values.clamp_min(0.0) / len(columns.rows)))
-    return _corrected(columns, kronecker, bases) + blocks
+    return _corrected(columns, bases) + blocks
 
 
-def _covariances(
-    columns: Columns, kronecker: dict[str, RuleSite], others: dict[str, RuleSite]
-) -> dict[Any, Tensor]:
+def covariances(columns: Columns) -> dict[Any, Tensor]:
+    """The first pass over the data: sums A and G of the layers, and blocks of other parameters.
+
+    Args:
+        columns: The Fisher's root columns.
+
+    Returns:
+        By (layer, ``"A"`` or ``"G"``) and (parameter, ``"block"``).
+    """
+    kronecker = _factored(columns)
+    others = {name: site for name, site in columns.sites.items() if name not in kronecker}
     sums = _Sums()
     for column in columns:
         if column.number == 0:
@@ -233,10 +255,9 @@ def _covariances(
     return sums.found
 
 
-def _corrected(
-    columns: Columns, kronecker: dict[str, RuleSite], bases: dict[Any, Tensor]
-) -> list[Eigenbasis]:
+def _corrected(columns: Columns, bases: dict[Any, Tensor]) -> list[Eigenbasis]:
     """Mean squares of per-example gradients in the bases."""
+    kronecker = _factored(columns)
     sums = _Sums()
     rotated: dict[str, Tensor] = {}
     for column in columns:
@@ -271,7 +292,7 @@ class EkfacSolver:
     Args:
         bases: The layers' curvatures; parameters of none have curvature zero.
         vectors: Where parameters stand in a flat vector.
-        damping: λ; None: a tenth of the mean eigenvalue.
+        damping: λ.
         dtype: Of the arithmetic.
     """
 

@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tracin.curvature.dense import damping_error, rounding_of
+from tracin.curvature.iterative import IterativeSolver
 from tracin.curvature.operators import Curvature, product
 from tracin.curvature.spectrum import largest
 from tracin.data import Batch
-from tracin.errors import ConvergenceError, NotFiniteError
+from tracin.errors import ConvergenceError
 from tracin.shapes import Float
 
 __all__ = ["Lissa", "Minibatches"]
@@ -31,6 +33,8 @@ __all__ = ["Lissa", "Minibatches"]
 ROWS = 64
 # σ above the largest eigenvalue that power iteration found, which is approached from below.
 MARGIN = 1.1
+# Products of the power iteration on a batch, at most.
+POWER = 30
 
 
 class Minibatches:
@@ -63,7 +67,7 @@ class Minibatches:
                 lambda v, part=part: self.on(part, v),
                 self.curvature.rows.vectors.size,
                 like,
-                iterations=30,
+                iterations=POWER,
                 tolerance=0.05,
                 seed=self.seed,
                 start=start,
@@ -72,7 +76,7 @@ class Minibatches:
         return most
 
 
-class Lissa:
+class Lissa(IterativeSolver):
     """Solves by LiSSA.
 
     Args:
@@ -81,6 +85,11 @@ class Lissa:
         scale: σ, at least the largest eigenvalue over the batches plus λ.
         tolerance: ‖(C + λI) x − g‖ / ‖g‖ at which to stop, measured on all rows.
         iterations: At most so many steps.
+        low: A lower bound of C's smallest eigenvalue; Gauss-Newton's is 0.
+        kind: The curvature's name, for messages.
+
+    Raises:
+        OptionError: C + λI is not positive definite beyond rounding.
     """
 
     def __init__(
@@ -91,42 +100,24 @@ class Lissa:
         scale: float,
         tolerance: float,
         iterations: int,
+        low: float = 0.0,
+        kind: str = "gauss_newton",
     ) -> None:
-        self.batches, self.damping = batches, damping
-        self.scale = scale
-        self.tolerance, self.iterations = tolerance, iterations
-        self.report: dict[str, Any] = {
-            "scale": self.scale,
-            "tolerance": tolerance,
-            "iterations": 0,
-            "residual": 0.0,
-            "seed": batches.seed,
-        }
+        super().__init__("lissa", damping, tolerance, iterations)
+        self.batches, self.scale = batches, scale
+        # The smallest eigenvalue of C + λI: no solution of a unit vector is longer than its inverse.
+        self.least = damping + low
+        if self.least <= rounding_of(scale, batches.curvature.rows.vectors.size):
+            raise damping_error(damping, low, scale, kind)
+        self.report |= {"scale": scale, "seed": batches.seed}
 
     @staticmethod
     def scale_of(most: float, damping: float) -> float:
         """σ from the largest eigenvalue over the batches, which was approached from below."""
         return MARGIN * (most + damping)
 
-    def solve(self, gradients: Float[Tensor, "n p"]) -> Float[Tensor, "n p"]:
-        """(C + λI)⁻¹ g for n vectors.
-
-        Args:
-            gradients: The vectors.
-
-        Returns:
-            The solutions, in float64.
-
-        Raises:
-            ConvergenceError: The series diverged, or did not reach the tolerance.
-            NotFiniteError: A vector is NaN or infinite.
-        """
-        g = gradients.double()
-        if not bool(torch.isfinite(g).all()):
-            raise NotFiniteError("a gradient given to the solver is not finite.")
-        sizes = torch.linalg.vector_norm(g, dim=1, keepdim=True)
-        g = g / sizes.clamp_min(torch.finfo(g.dtype).tiny)
-        last, mean = torch.zeros_like(g), torch.zeros_like(g)
+    def _solve_units(self, units: Tensor) -> tuple[Tensor, int, float]:
+        last, mean = torch.zeros_like(units), torch.zeros_like(units)
         generator = torch.Generator().manual_seed(self.batches.seed)
         order: list[int] = []
         check, worst = min(64, self.iterations), float("inf")
@@ -134,26 +125,21 @@ class Lissa:
             if not order:
                 order = torch.randperm(len(self.batches.parts), generator=generator).tolist()
             part = self.batches.parts[order.pop()]
-            last += (g - self.batches.on(part, last) - self.damping * last) / self.scale
+            last += (units - self.batches.on(part, last) - self.damping * last) / self.scale
             mean += (last - mean) * (2.0 / (step + 1))
             if step < check:
                 continue
             check = min(2 * step, self.iterations)
             self._refuse_divergence(last, step)
-            best, worst = self._better(g, last, mean)
+            best, worst = self._better(units, last, mean)
             if worst <= self.tolerance:
-                self.report["iterations"] = max(self.report["iterations"], step)
-                self.report["residual"] = max(self.report["residual"], worst)
-                return best * sizes
+                return best, step, worst
         raise ConvergenceError(
             f"solver='lissa' stands at a relative residual of {worst:.2g} after {self.iterations} steps, above "
-            f"tolerance={self.tolerance:g}. It needs about scale / damping = {self.scale / self.damping:,.0f} steps "
-            "times the logarithm of the accuracy: raise damping= or iterations= (or tolerance=), or use solver='cg' or 'ekfac'."
+            f"tolerance={self.tolerance:g}. It needs about {self.scale / self.least:,.0f} steps (scale over the smallest "
+            "eigenvalue of C + damping·I) times the logarithm of the accuracy: raise damping= or iterations= (or tolerance=), or "
+            "use solver='cg' or 'ekfac'."
         )
-
-    def quadratic(self, gradients: Float[Tensor, "n p"]) -> Float[Tensor, " n"]:
-        """gᵀ (C + λI)⁻¹ g of each vector."""
-        return (gradients.double() * self.solve(gradients)).sum(1)
 
     def _better(self, g: Tensor, last: Tensor, mean: Tensor) -> tuple[Tensor, float]:
         """The last step or the mean, whichever leaves less over on all rows, and how much."""
@@ -164,11 +150,10 @@ class Lissa:
         return (last, mean)[at], float(over[at])
 
     def _refuse_divergence(self, last: Tensor, step: int) -> None:
-        """No solution of a unit vector is longer than 1/λ where C has no negative eigenvalues."""
         length = float(torch.linalg.vector_norm(last, dim=1).max())
-        if not length <= 10.0 / self.damping:
+        if not length <= 10.0 / self.least:
             raise ConvergenceError(
-                f"solver='lissa' diverged at step {step} (a length of {length:.2g}, where {1 / self.damping:.2g} is the most): "
-                f"scale={self.scale:.3g} is below the largest eigenvalue of some batch, or the damping does not outweigh "
-                "negative curvature. Raise scale= (or leave it out, to have it found), or raise damping=."
+                f"solver='lissa' diverged at step {step} (a length of {length:.2g}, where {1 / self.least:.2g} is the most): "
+                f"scale={self.scale:.3g} is below the largest eigenvalue of some batch, or the damping does not outweigh the "
+                "negative curvature of batches. Raise scale= (or leave it out, to have it found), or raise damping=."
             )

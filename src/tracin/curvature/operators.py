@@ -14,17 +14,20 @@ Source: Pearlmutter 1994, *Fast exact multiplication by the Hessian*; Schraudolp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from tracin.curvature.outputs import outputs_of
+from tracin.curvature.checks import check_hessian, check_jacobian, check_loss
+from tracin.curvature.outputs import Outputs, outputs_of
 from tracin.curvature.pulling import Puller, twice
 from tracin.curvature.vectors import Vectors
-from tracin.data import Batch
+from tracin.data import Batch, to_device
 from tracin.errors import NotFiniteError
 from tracin.gradients.engine import Source
 from tracin.shapes import Float
@@ -33,6 +36,9 @@ __all__ = ["Curvature", "CurvatureRows", "GaussNewton", "Hessian", "product"]
 
 # Vectors per backward pass under vmap: more gains little and holds that many activations.
 VECTORS = 32
+
+# One tensor [k, *shape] per parameter → the same, None for zero.
+Times = Callable[[Sequence[Tensor]], list[Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -82,30 +88,56 @@ def product(curvature: Curvature, vectors: Float[Tensor, "k p"]) -> Float[Tensor
     return total / len(curvature.rows)
 
 
-class Hessian:
+class _Operator(ABC):
+    """Products of a batch, some vectors at a time; the first batch is checked against first derivatives."""
+
+    def __init__(self, rows: CurvatureRows) -> None:
+        self.rows = rows
+        self._pull = Puller()
+        self._checked = False
+
+    @abstractmethod
+    def _times(self, batch: Batch, value: Any) -> Times:
+        """The products of one batch."""
+
+    @abstractmethod
+    def _check(self, batch: Batch, value: Any) -> None:
+        """Refuse a model whose second derivatives autograd cannot see whole."""
+
+    def on_batch(self, batch: Batch, value: Any, vectors: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
+        """The sum over a batch's rows of their curvature times the vectors."""
+        layout, out = self.rows.vectors, torch.zeros_like(vectors)
+        if not self._checked:
+            self._check(batch, to_device(value, self.rows.source.device, copy=True))
+            self._checked = True
+        with twice():
+            times = self._times(batch, value)
+            for some, into in zip(vectors.split(VECTORS), out.split(VECTORS), strict=True):
+                layout.add_to(into, times(layout.shaped(some)))
+        return out
+
+
+def _hessian_times(source: Source, layout: Vectors, pull: Puller, batch: Batch, value: Any) -> Times:
+    losses = source.run(value, batch.rows)
+    slopes = torch.autograd.grad(losses.sum(), layout.tensors, create_graph=True, allow_unused=True)
+    return partial(pull, slopes, layout.tensors)
+
+
+class Hessian(_Operator):
     """The Hessian of the mean loss, by differentiating the gradient.
 
     Args:
         rows: The rows it is the mean over.
     """
 
-    def __init__(self, rows: CurvatureRows) -> None:
-        self.rows = rows
-        self._pull = Puller()
+    def _times(self, batch: Batch, value: Any) -> Times:
+        return _hessian_times(self.rows.source, self.rows.vectors, self._pull, batch, value)
 
-    def on_batch(self, batch: Batch, value: Any, vectors: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
-        """Σ_n ∇²ℓ_n v."""
-        layout = self.rows.vectors
-        out = torch.zeros_like(vectors)
-        with twice():
-            losses = self.rows.source.run(value, batch.rows)
-            slopes = torch.autograd.grad(losses.sum(), layout.tensors, create_graph=True, allow_unused=True)
-            for some, into in zip(vectors.split(VECTORS), out.split(VECTORS), strict=True):
-                layout.add_to(into, self._pull(slopes, layout.tensors, layout.shaped(some)))
-        return out
+    def _check(self, batch: Batch, value: Any) -> None:
+        check_hessian(_hessian_times, self.rows.source, self.rows.vectors, batch, value)
 
 
-class GaussNewton:
+class GaussNewton(_Operator):
     """The Gauss-Newton matrix of the mean loss, split at the model's output.
 
     J v is found by differentiating Jᵀ w by w, so that no forward-mode derivatives are needed.
@@ -114,23 +146,29 @@ class GaussNewton:
         rows: The rows it is the mean over.
     """
 
-    def __init__(self, rows: CurvatureRows) -> None:
-        self.rows = rows
-        self._pull = Puller()
+    def _split(self, batch: Batch, value: Any) -> tuple[Outputs, list[Tensor], tuple[Tensor | None, ...]]:
+        """The outputs, w, and Jᵀ w."""
+        found = outputs_of(self.rows.source, batch, value, self.rows.vectors.tensors)
+        w = [torch.zeros_like(made, requires_grad=True) for made in found.made]
+        pulled = torch.autograd.grad(
+            found.made, self.rows.vectors.tensors, w, create_graph=True, allow_unused=True
+        )
+        return found, w, pulled
 
-    def on_batch(self, batch: Batch, value: Any, vectors: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
-        """Σ_n J_nᵀ H_n J_n v."""
-        layout = self.rows.vectors
-        parameters = layout.tensors
-        out = torch.zeros_like(vectors)
+    def _times(self, batch: Batch, value: Any) -> Times:
+        return partial(self._sandwich, *self._split(batch, value))
+
+    def _sandwich(
+        self, found: Outputs, w: list[Tensor], pulled: tuple[Tensor | None, ...], vectors: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        moved = self._pull(pulled, w, vectors)  # J v
+        bent = found.bend(self._pull, moved)  # H J v
+        return self._pull(found.made, self.rows.vectors.tensors, bent)
+
+    def _check(self, batch: Batch, value: Any) -> None:
+        source, layout = self.rows.source, self.rows.vectors
+        spare = to_device(value, source.device, copy=True)
         with twice():
-            found = outputs_of(self.rows.source, batch, value, parameters)
-            weights = [torch.zeros_like(made, requires_grad=True) for made in found.made]
-            pulled = torch.autograd.grad(
-                found.made, parameters, weights, create_graph=True, allow_unused=True
-            )
-            for some, into in zip(vectors.split(VECTORS), out.split(VECTORS), strict=True):
-                moved = self._pull(pulled, weights, layout.shaped(some))  # J v
-                bent = found.bend(self._pull, moved)  # H J v
-                layout.add_to(into, self._pull(found.made, parameters, bent))
-        return out
+            found, w, pulled = self._split(batch, spare)
+            check_jacobian(found.made, w, pulled, source, layout)
+            check_loss(found, source, batch, value)

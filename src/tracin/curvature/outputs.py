@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tracin.curvature.pulling import Puller
+from tracin.curvature.pulling import Puller, twice_in_loss
 from tracin.data import Batch
 from tracin.errors import ModelError, NotFiniteError
 from tracin.gradients.engine import Source
@@ -30,16 +30,15 @@ from tracin.shapes import Float
 from tracin.tasks import losses as ready_made
 from tracin.tasks.losses import split_batch
 
-__all__ = ["Outputs", "outputs_of", "roots"]
+__all__ = ["Outputs", "outputs_at", "outputs_of", "roots"]
 
 _HESSIAN = "Use curvature='hessian', which needs no such split."
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """One batch: losses [n], the outputs with their graph to the parameters, and the slopes ∂Σℓ/∂u, which have one to u."""
+    """One batch: the outputs u with their graph to the parameters, and the slopes ∂Σℓ/∂u, which have one to u."""
 
-    losses: Tensor
     made: tuple[Tensor, ...]
     leaves: tuple[Tensor, ...]
     slopes: tuple[Tensor | None, ...]
@@ -53,13 +52,17 @@ class Outputs:
 
         Returns:
             One [k, *shape of u] per output.
+
+        Raises:
+            ModelError: The loss has no second derivative.
         """
         k = next((len(v) for v in vectors if v is not None), 0)
         filled = [
             leaf.new_zeros(k, *leaf.shape) if v is None else v
             for leaf, v in zip(self.leaves, vectors, strict=True)
         ]
-        found = pull(self.slopes, self.leaves, filled)
+        with twice_in_loss():
+            found = pull(self.slopes, self.leaves, filled)
         return [
             leaf.new_zeros(k, *leaf.shape) if h is None else h
             for leaf, h in zip(self.leaves, found, strict=True)
@@ -69,8 +72,8 @@ class Outputs:
 class _Cutter:
     """Hands the loss a copy of the model's output that is cut off from the parameters."""
 
-    def __init__(self) -> None:
-        self.calls = 0
+    def __init__(self, at: Sequence[Tensor] | None = None) -> None:
+        self.at, self.calls = at, 0
         self.made: list[Tensor] = []
         self.leaves: list[Tensor] = []
 
@@ -92,15 +95,16 @@ class _Cutter:
     def _cut(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.requires_grad:
             return value
+        given = value if self.at is None else self.at[len(self.made)]
         self.made.append(value)
-        self.leaves.append(value.detach().clone().requires_grad_())
+        self.leaves.append(given.detach().clone().requires_grad_())
         # The loss may write into what it gets, a leaf must not be written to.
         return self.leaves[-1].view_as(self.leaves[-1])
 
 
 @contextmanager
-def _cutting(model: nn.Module) -> Iterator[_Cutter]:
-    cutter = _Cutter()
+def _cutting(model: nn.Module, at: Sequence[Tensor] | None = None) -> Iterator[_Cutter]:
+    cutter = _Cutter(at)
     handle = model.register_forward_hook(cutter)
     try:
         yield cutter
@@ -136,7 +140,25 @@ def outputs_of(source: Source, batch: Batch, value: Any, parameters: Sequence[Te
             f"Gauss-Newton would leave out. {_HESSIAN}"
         )
     slopes = torch.autograd.grad(losses.sum(), cutter.leaves, create_graph=True, allow_unused=True)
-    return Outputs(losses, tuple(cutter.made), tuple(cutter.leaves), tuple(slopes))
+    return Outputs(tuple(cutter.made), tuple(cutter.leaves), tuple(slopes))
+
+
+def outputs_at(source: Source, batch: Batch, value: Any, at: Sequence[Tensor]) -> Outputs:
+    """As ``outputs_of``, with the loss taken at other outputs than the model's.
+
+    Args:
+        source: The loss and its rows.
+        batch: The batch's place.
+        value: The batch.
+        at: The outputs, as ``Outputs.leaves``.
+
+    Returns:
+        The outputs.
+    """
+    with _cutting(source.root.model, at) as cutter:
+        losses = source.run(value, batch.rows)
+    slopes = torch.autograd.grad(losses.sum(), cutter.leaves, create_graph=True, allow_unused=True)
+    return Outputs(tuple(cutter.made), tuple(cutter.leaves), tuple(slopes))
 
 
 def roots(outputs: Outputs, source: Source, value: Any, n: int) -> tuple[int, Float[Tensor, "n C k"]]:

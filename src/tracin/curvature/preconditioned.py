@@ -5,7 +5,7 @@ score(z, z') = ⟨g(z), (C + λI)⁻¹ g(z')⟩
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -20,13 +20,42 @@ from tracin.progress import progress
 from tracin.scoring.passes import HeldQueries, score_batch
 from tracin.scoring.run import Run, refuse_products
 
-__all__ = ["influence", "self_influence", "solved_queries"]
+__all__ = ["influence", "rows_at_once", "self_influence", "solved_queries", "tiles_of"]
 
 
-def _rows_at_once(run: Run, prepared: Prepared, vectors: Vectors) -> int:
-    """Right-hand sides whose solution fits a quarter of the memory."""
-    per_row = vectors.size * (8 * prepared.copies + run.dtype.itemsize)
+def rows_at_once(run: Run, copies: int, vectors: Vectors) -> int:
+    """Right-hand sides whose solution fits a quarter of the memory.
+
+    Args:
+        run: The run.
+        copies: Vectors of float64 that the solver holds per right-hand side.
+        vectors: Where parameters stand in a flat vector.
+
+    Returns:
+        Their number, at least 1.
+    """
+    per_row = vectors.size * (8 * copies + run.dtype.itemsize)
     return max(1, run.settings.memory // 4 // per_row)
+
+
+def tiles_of(sizes: Iterable[int], rows: int) -> int:
+    """How many tiles ``solved_queries`` makes of batches of these sizes.
+
+    Args:
+        sizes: Rows of the batches in order.
+        rows: Right-hand sides at once.
+
+    Returns:
+        Tiles.
+    """
+    tiles, held = 1, 0
+    for size in sizes:
+        for start in range(0, size, rows):
+            piece = min(rows, size - start)
+            if held and held + piece > rows:
+                tiles, held = tiles + 1, 0
+            held += piece
+    return tiles
 
 
 def _pieces(
@@ -51,7 +80,7 @@ def solved_queries(run: Run, prepared: Prepared, vectors: Vectors) -> Iterator[H
     Yields:
         Tiles in order.
     """
-    rows = _rows_at_once(run, prepared, vectors)
+    rows = rows_at_once(run, prepared.copies, vectors)
     held: list[Tensor] = []
     start = 0
     for batch, value in run.batches(run.asked):
@@ -113,7 +142,7 @@ def self_influence(run: Run, prepared: Prepared, vectors: Vectors) -> Tensor:
         The scores on the CPU.
     """
     values = torch.zeros(len(run.train.rows), dtype=run.dtype)
-    rows = _rows_at_once(run, prepared, vectors)
+    rows = rows_at_once(run, prepared.copies, vectors)
     with progress("self-influence", len(values), show=run.settings.progress) as bar:
         for batch, value in run.batches(run.train):
             found = run.gradients(run.train, batch, value)

@@ -13,9 +13,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tracin.errors import ModelError
 
-__all__ = ["Puller", "twice"]
+__all__ = ["Puller", "twice", "twice_in_loss"]
 
 logger = logging.getLogger("tracin")
+
+# How PyTorch says that an operation has no second derivative.
+_SAID = ("derivative for", "does not require grad", "differentiate twice")
+
+
+def _has_none(error: RuntimeError) -> bool:
+    return any(words in str(error) for words in _SAID)
 
 
 @contextmanager
@@ -33,10 +40,32 @@ def twice() -> Iterator[None]:
         with sdpa_kernel(SDPBackend.MATH):
             yield
     except RuntimeError as error:
-        if "derivative for" in str(error) or "does not require grad" in str(error):
+        if _has_none(error):
             raise ModelError(
                 f"the model or the loss cannot be differentiated twice: {str(error).splitlines()[0]} Use solver='ekfac', "
-                "which needs first derivatives only, or another implementation of that layer."
+                "which needs first derivatives of the model only, or another implementation of that layer or loss."
+            ) from error
+        raise
+
+
+@contextmanager
+def twice_in_loss() -> Iterator[None]:
+    """Where the slope of the loss in the model's output is differentiated.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ModelError: The loss has no second derivative.
+        RuntimeError: Any other, as it is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if _has_none(error):
+            raise ModelError(
+                f"the loss has no second derivative in the model's output: {str(error).splitlines()[0]} Write the loss with "
+                "operations that can be differentiated twice, or use one of tracin.losses."
             ) from error
         raise
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from tracin.curvature import dense, ekfac, spectrum
 from tracin.curvature.cg import ConjugateGradients
+from tracin.curvature.checks import refuse_linear
 from tracin.curvature.columns import Columns, missing
 from tracin.curvature.lissa import Lissa, Minibatches
 from tracin.curvature.operators import Curvature, CurvatureRows, GaussNewton, Hessian, product
@@ -20,12 +20,25 @@ from tracin.errors import ModelError, OptionError
 from tracin.gradients.sites import Wiring
 from tracin.shapes import Float
 
-__all__ = ["CURVATURES", "SOLVERS", "CurvatureOptions", "Prepared", "Solver", "prepare"]
+__all__ = [
+    "COPIES",
+    "CURVATURES",
+    "SOLVERS",
+    "CurvatureOptions",
+    "Prepared",
+    "Solver",
+    "needs_scale",
+    "prepare",
+    "refuse_without_factors",
+    "refuse_zero_damping",
+]
 
 logger = logging.getLogger("tracin")
 
 CURVATURES = ("gauss_newton", "hessian")
 SOLVERS = ("exact", "cg", "lissa", "ekfac")
+# Vectors of float64 that a solver holds per right-hand side.
+COPIES = {"exact": 4, "cg": 8, "lissa": 8, "ekfac": 4}
 # Default damping: this share of the mean eigenvalue (Grosse et al. 2023, §3.1).
 SHARE = 0.1
 # LiSSA takes about scale / damping steps: its default damping keeps them to thousands.
@@ -71,15 +84,27 @@ class Prepared:
     rule: str
     copies: int
     found: dict[str, float] = field(default_factory=dict)
+    seed: int | None = None  # where something was drawn
 
     def record(self) -> dict[str, Any]:
         """What a result's provenance says of the solution."""
         return {
+            "seed": self.seed,
             "damping": self.solver.damping,
             "damping_rule": self.rule,
             **self.found,
             "solution": dict(self.solver.report),
         }
+
+
+@dataclass(frozen=True)
+class _Trace:
+    value: float
+    how: str
+
+    @property
+    def estimated(self) -> bool:
+        return self.how != "exact"
 
 
 @dataclass(frozen=True)
@@ -99,18 +124,26 @@ def prepare(rows: CurvatureRows, wiring: Wiring, options: CurvatureOptions) -> P
 
     Returns:
         The solver.
+
+    Raises:
+        OptionError: A damping that is too small, or a curvature that does not fit the memory.
+        ModelError: The model has no such curvature, or the solver no factors for it.
+        ConvergenceError: The Hessian's λ_min is not known well enough to judge the damping.
+        NotFiniteError: The curvature is NaN or infinite.
     """
+    refuse_zero_damping(options)
+    if options.curvature == "gauss_newton":
+        refuse_linear(rows.batches(), rows.source, rows.vectors)
     if options.solver == "exact":
         return _exact(rows, wiring, options)
     if options.solver == "ekfac":
         return _ekfac(rows, wiring, options)
     curvature: Curvature = Hessian(rows) if options.curvature == "hessian" else GaussNewton(rows)
-    times = partial(product, curvature)
-    low = _smallest(times, rows, options) if options.curvature == "hessian" else None
     batches = Minibatches(curvature, options.seed) if options.solver == "lissa" else None
-    most = batches.largest() if batches is not None and None in {options.damping, options.scale} else 0.0
-    total = partial(_trace, curvature, rows, wiring, options)
-    damping = _damping(total, rows, options, low, LISSA_SHARE * most if batches is not None else 0.0)
+    most = batches.largest() if batches is not None and needs_scale(options) else 0.0
+    amount = _trace(curvature, rows, wiring, options) if options.damping is None else None
+    low = _smallest(curvature, rows, options, amount) if options.curvature == "hessian" else None
+    damping = _damping(amount, rows, options, low, LISSA_SHARE * most if batches is not None else 0.0)
     if batches is not None:
         scale = options.scale
         solver: Solver = Lissa(
@@ -119,8 +152,10 @@ def prepare(rows: CurvatureRows, wiring: Wiring, options: CurvatureOptions) -> P
             scale=Lissa.scale_of(most, damping.value) if scale is None else scale,
             tolerance=0.05 if options.tolerance is None else options.tolerance,
             iterations=10_000 if options.iterations is None else options.iterations,
+            low=0.0 if low is None else low.least,
+            kind=options.curvature,
         )
-        return Prepared(solver, damping.rule, 8, damping.found)
+        return Prepared(solver, damping.rule, COPIES[options.solver], damping.found, options.seed)
     narrow = any(p.dtype != torch.float64 for p in rows.vectors.tensors)
     solver = ConjugateGradients(
         curvature,
@@ -128,8 +163,33 @@ def prepare(rows: CurvatureRows, wiring: Wiring, options: CurvatureOptions) -> P
         options.curvature,
         tolerance=(1e-4 if narrow else 1e-10) if options.tolerance is None else options.tolerance,
         iterations=1000 if options.iterations is None else options.iterations,
+        low=0.0 if low is None else low.least,
     )
-    return Prepared(solver, damping.rule, 8, damping.found)
+    drawn = low is not None or (amount is not None and amount.estimated)
+    return Prepared(
+        solver, damping.rule, COPIES[options.solver], damping.found, options.seed if drawn else None
+    )
+
+
+def needs_scale(options: CurvatureOptions) -> bool:
+    """Whether lissa's largest eigenvalue of a batch is read: by its scale, or by the default damping."""
+    return options.damping is None or options.scale is None
+
+
+def refuse_zero_damping(options: CurvatureOptions) -> None:
+    """Refuse a damping of zero where λ_min is not known, so that the curvature may be singular.
+
+    Args:
+        options: The user's choices.
+
+    Raises:
+        OptionError: It is zero.
+    """
+    if options.solver != "exact" and options.curvature == "gauss_newton" and options.damping == 0:
+        raise OptionError(
+            f"damping is 0: solver={options.solver!r} needs a positive one, since it does not know whether Gauss-Newton is "
+            "singular. Only solver='exact' takes 0, where the matrix is positive definite."
+        )
 
 
 def _exact(rows: CurvatureRows, wiring: Wiring, options: CurvatureOptions) -> Prepared:
@@ -141,10 +201,14 @@ def _exact(rows: CurvatureRows, wiring: Wiring, options: CurvatureOptions) -> Pr
     )
     low = None
     if options.curvature == "hessian":
-        low = _smallest(lambda v: v @ matrix, rows, options)
-    damping = _damping(lambda: (float(matrix.trace()), "exact"), rows, options, low)
+        values = torch.linalg.eigvalsh(matrix)
+        low = spectrum.Eigenvalue(float(values[0]), 0.0, 0, float(values.abs().max()))
+    damping = _damping(_Trace(float(matrix.trace()), "exact"), rows, options, low)
     return Prepared(
-        dense.CholeskySolver(matrix, damping.value, options.curvature), damping.rule, 4, damping.found
+        dense.CholeskySolver(matrix, damping.value, options.curvature),
+        damping.rule,
+        COPIES["exact"],
+        damping.found,
     )
 
 
@@ -157,7 +221,16 @@ def _gauss_newton_matrix(rows: CurvatureRows, wiring: Wiring) -> Tensor:
     return dense.from_products(GaussNewton(rows))
 
 
-def _ekfac(rows: CurvatureRows, wiring: Wiring, options: CurvatureOptions) -> Prepared:
+def refuse_without_factors(rows: CurvatureRows, wiring: Wiring) -> None:
+    """Refuse parameters that EKFAC cannot hold.
+
+    Args:
+        rows: The curvature rows.
+        wiring: The layers' rules.
+
+    Raises:
+        ModelError: A parameter is in no layer with a rule, or in several.
+    """
     left_out = missing(rows, wiring)
     if left_out:
         name, reason = next(iter(left_out.items()))
@@ -166,71 +239,73 @@ def _ekfac(rows: CurvatureRows, wiring: Wiring, options: CurvatureOptions) -> Pr
             f"solver='ekfac' has factors for parameters of one Linear or Conv layer; {name} has none ({reason}){more}. Leave "
             "it out (Task(parameters=...)), or use solver='cg'."
         )
+
+
+def _ekfac(rows: CurvatureRows, wiring: Wiring, options: CurvatureOptions) -> Prepared:
+    refuse_without_factors(rows, wiring)
     bases = ekfac.fit(Columns(rows, wiring, options.samples, options.seed), options.memory)
-    total = sum(float(basis.values.sum()) for basis in bases)
-    damping = _damping(
-        lambda: (total, "exact" if options.samples is None else "sampled"), rows, options, None
-    )
+    total = float(sum(float(basis.values.sum()) for basis in bases))
+    damping = _damping(_Trace(total, "exact" if options.samples is None else "sampled"), rows, options, None)
     dtype = torch.float64 if rows.source.dtype == torch.float64 else torch.float32
+    high = max((float(basis.values.max()) for basis in bases), default=0.0)
+    if options.damping is not None and damping.value <= dense.rounding_of(high, rows.vectors.size):
+        raise dense.damping_error(damping.value, 0.0, high, options.curvature)
     solver = ekfac.EkfacSolver(bases, rows.vectors, damping.value, dtype)
-    solver.report |= {"samples": options.samples} | (
-        {} if options.samples is None else {"seed": options.seed}
+    solver.report["samples"] = options.samples
+    return Prepared(
+        solver,
+        damping.rule,
+        COPIES["ekfac"],
+        damping.found,
+        None if options.samples is None else options.seed,
     )
-    return Prepared(solver, damping.rule, 4, damping.found)
 
 
-def _smallest(times: Callable[[Tensor], Tensor], rows: CurvatureRows, options: CurvatureOptions) -> float:
-    """λ_min, as low as the leftover of Lanczos allows."""
-    found = spectrum.smallest(times, rows.vectors.size, rows.vectors.tensors[0], seed=options.seed)
-    return found.value
+def _smallest(
+    curvature: Curvature, rows: CurvatureRows, options: CurvatureOptions, amount: _Trace | None
+) -> spectrum.Eigenvalue:
+    """A lower bound of λ_min, as near as the damping asks for."""
+    p, like = rows.vectors.size, rows.vectors.tensors[0]
+    default = 0.0 if amount is None else SHARE * max(amount.value, 0.0) / p
+    return spectrum.smallest(
+        partial(product, curvature),
+        p,
+        like,
+        iterations=spectrum.steps_of(p, options.memory),
+        floor=default if options.damping is None else options.damping,
+        seed=options.seed,
+    )
 
 
-def _trace(
-    curvature: Curvature, rows: CurvatureRows, wiring: Wiring, options: CurvatureOptions
-) -> tuple[float, str]:
+def _trace(curvature: Curvature, rows: CurvatureRows, wiring: Wiring, options: CurvatureOptions) -> _Trace:
     """The trace: exact from Gauss-Newton's root columns where the layers have rules, else estimated."""
     if options.curvature == "gauss_newton" and not missing(rows, wiring):
         try:
-            return _columns_trace(Columns(rows, wiring)), "exact"
+            return _Trace(Columns(rows, wiring).trace(), "exact")
         except ModelError as error:
             logger.info("the trace of the curvature is estimated: %s", error)
-    like = rows.vectors.tensors[0]
-    return spectrum.trace(
-        partial(product, curvature), rows.vectors.size, like, seed=options.seed
-    ), "estimated"
-
-
-def _columns_trace(columns: Columns) -> float:
-    total = 0.0
-    for column in columns:
-        for site in columns.sites.values():
-            parts: dict[tuple[str, ...], list[Any]] = {}
-            for blocks in column.blocks(site):
-                for names, block in blocks.items():
-                    parts.setdefault(names, []).append(block)
-            for found in parts.values():
-                if len(found) == 1:
-                    total += float(found[0].squared_norm().double().sum())
-                else:
-                    flat = torch.stack([block.materialise() for block in found]).sum(0)
-                    total += float(flat.double().square().sum())
-    return total / len(columns.rows)
+    p = rows.vectors.size
+    at_once = spectrum.probes_at_once(p, options.memory)
+    value = spectrum.trace(
+        partial(product, curvature), p, rows.vectors.tensors[0], at_once=at_once, seed=options.seed
+    )
+    return _Trace(value, "estimated")
 
 
 def _damping(
-    total: Callable[[], tuple[float, str]],
+    amount: _Trace | None,
     rows: CurvatureRows,
     options: CurvatureOptions,
-    low: float | None,
+    low: spectrum.Eigenvalue | None,
     least: float = 0.0,
 ) -> _Damping:
     """The user's damping, checked, or the default.
 
     Args:
-        total: The trace of C, and how it was found.
+        amount: The trace of C, where the default is asked for.
         rows: The curvature rows.
         options: The user's choices.
-        low: λ_min, for the Hessian.
+        low: λ_min or a lower bound of it, for the Hessian.
         least: The smallest default.
 
     Returns:
@@ -238,20 +313,20 @@ def _damping(
 
     Raises:
         damping_error: Too small for λ_min: an ``OptionError``.
-        OptionError: Zero where the solver needs a positive one, or there is no curvature to take a default from.
+        OptionError: There is no curvature to take a default from.
     """
-    found = {} if low is None else {"lambda_min": low}
+    found = {} if low is None else {"lambda_min": low.least}
     if options.damping is not None:
-        if low is not None and options.damping <= -low:
-            raise dense.damping_error(options.damping, low, options.curvature)
-        if options.solver in {"lissa", "ekfac"} and options.damping == 0:
-            raise OptionError(f"damping is 0: solver={options.solver!r} needs a positive one.")
+        if low is not None and options.damping + low.least <= dense.rounding_of(
+            low.high, rows.vectors.size
+        ):
+            raise dense.damping_error(options.damping, low.least, low.high, options.curvature)
         return _Damping(options.damping, "given", found)
-    amount, how = total()
-    mean = amount / rows.vectors.size
-    choices = {f"{SHARE} × mean eigenvalue ({how})": SHARE * mean}
+    assert amount is not None
+    mean = amount.value / rows.vectors.size
+    choices = {f"{SHARE} × mean eigenvalue ({amount.how})": SHARE * mean}
     if low is not None:
-        choices["−2 λ_min"] = -2.0 * low
+        choices["−2 λ_min"] = -2.0 * low.least
     if least > 0:
         choices[f"{LISSA_SHARE} × largest eigenvalue of a batch"] = least
     rule, value = max(choices.items(), key=lambda item: item[1])

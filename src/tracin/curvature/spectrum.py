@@ -11,11 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tracin.errors import ConvergenceError, OptionError
 from tracin.shapes import Float
 
-__all__ = ["Eigenvalue", "largest", "smallest", "trace"]
+__all__ = ["Eigenvalue", "largest", "probes_at_once", "smallest", "steps_of", "trace"]
 
+# A leftover has to be small so many times in a row.
 STEADY = 5
+# Products of Lanczos at most, and vectors that have to fit the memory at least.
+ITERATIONS, FEWEST = 200, 20
+# Random vectors of Hutchinson's estimate.
+PROBES = 64
 
 # v [k, p] → C v [k, p]
 Product = Callable[[Tensor], Tensor]
@@ -23,11 +29,17 @@ Product = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Eigenvalue:
-    """An eigenvalue, the norm ‖C v − λ v‖ of what is left over (an eigenvalue is that near), and products used."""
+    """An eigenvalue, the norm ‖C v − λ v‖ of what is left over (an eigenvalue is that near), products used, and the largest seen."""
 
     value: float
     residual: float
     products: int
+    high: float = 0.0
+
+    @property
+    def least(self) -> float:
+        """The eigenvalue's lower bound."""
+        return self.value - self.residual
 
 
 def _start(p: int, like: Tensor, seed: int) -> Tensor:
@@ -76,53 +88,123 @@ def largest(
     return Eigenvalue(value, residual, done), v
 
 
+def steps_of(p: int, memory: int) -> int:
+    """Products that ``smallest`` may take: one vector is held for each, in half of the memory.
+
+    Args:
+        p: Size of the matrix.
+        memory: The bound in bytes.
+
+    Returns:
+        The most products.
+
+    Raises:
+        OptionError: Fewer than ``FEWEST`` vectors fit.
+    """
+    fits = memory // 2 // (8 * p)
+    if fits < min(FEWEST, p):
+        raise OptionError(
+            f"λ_min of the Hessian is found with a vector of {p:,} float64 numbers held per product, at least {min(FEWEST, p)}: "
+            f"{8 * p * min(FEWEST, p) / 2**30:,.2f} GiB, more than half of memory={memory / 2**30:,.2f} GiB. Raise memory=, "
+            "trace fewer parameters (Task(parameters='head.*')), or use curvature='gauss_newton', which needs no λ_min."
+        )
+    return min(ITERATIONS, p, fits)
+
+
 def smallest(
-    product: Product, p: int, like: Tensor, *, iterations: int = 200, tolerance: float = 1e-4, seed: int = 0
+    product: Product,
+    p: int,
+    like: Tensor,
+    *,
+    iterations: int = ITERATIONS,
+    tolerance: float = 3e-3,
+    floor: float = 0.0,
+    seed: int = 0,
 ) -> Eigenvalue:
     """The smallest (most negative) eigenvalue, by Lanczos with full orthogonalisation.
 
-    A Ritz value lies above the eigenvalue that it approaches, by at most the leftover. One that stands near another
-    eigenvalue can rest there for some steps, so the leftover has to be small ``STEADY`` times in a row.
+    A Ritz value θ lies above the eigenvalue that it approaches, by at most the leftover ‖C v − θ v‖. One that stands near
+    another eigenvalue can rest there for some steps, so the leftover has to be small ``STEADY`` times in a row: a share of |θ|
+    itself, however large the other end of the spectrum is.
 
     Args:
         product: Multiplies rows by the matrix.
         p: Its size.
-        like: A tensor on the device.
-        iterations: At most so many products.
-        tolerance: Stop when the leftover is that share of the largest Ritz value's size.
+        like: A tensor on the device, in the dtype of the products, whose rounding counts as left over.
+        iterations: At most so many products; one vector is held for each.
+        tolerance: Stop when the leftover is that share of |θ| or of ``floor``, whichever is larger.
+        floor: The size of an eigenvalue that matters, such as the damping that it is held against.
         seed: Of the start.
 
     Returns:
-        The eigenvalue.
+        The eigenvalue; ``least`` is its lower bound.
+
+    Raises:
+        ConvergenceError: The leftover is still too large after the last product.
     """
-    basis = [_start(p, like, seed)]
+    steps = min(iterations, p)
+    basis = torch.empty(steps, p, dtype=torch.float64, device=like.device)
+    basis[0] = _start(p, like, seed)[0]
     diagonal: list[float] = []
     beside: list[float] = []
-    found = Eigenvalue(0.0, float("inf"), 0)
-    steady = 0
-    for step in range(1, min(iterations, p) + 1):
-        w = product(basis[-1])
-        diagonal.append(float((w * basis[-1]).sum()))
-        held = torch.cat(basis)
+    steady, value, left = 0, 0.0, float("inf")
+    for step in range(1, steps + 1):
+        w = product(basis[step - 1 : step])
+        diagonal.append(float((w * basis[step - 1]).sum()))
+        held = basis[:step]
         for _ in range(2):
             w = w - (w @ held.mT) @ held
         norm = float(torch.linalg.vector_norm(w))
-        T = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-        if beside:
-            off = torch.tensor(beside, dtype=torch.float64)
-            T = T + torch.diag(off, 1) + torch.diag(off, -1)
-        values, vectors = torch.linalg.eigh(T)
+        values, vectors = torch.linalg.eigh(_tridiagonal(diagonal, beside))
         scale = float(values.abs().max())
-        found = Eigenvalue(float(values[0]), norm * abs(float(vectors[-1, 0])), step)
-        steady = steady + 1 if found.residual <= tolerance * scale else 0
-        if norm <= 1e-12 * max(scale, 1e-300) or steady == STEADY:
-            return found
-        beside.append(norm)
-        basis.append(w / norm)
-    return found
+        value, left = float(values[0]), norm * abs(float(vectors[-1, 0]))
+        if step == p or norm <= 1e-12 * max(scale, 1e-300):
+            left, steady = 0.0, STEADY  # nothing of the space is left
+        else:
+            steady = steady + 1 if left <= tolerance * max(abs(value), floor) else 0
+        if steady == STEADY:
+            return Eigenvalue(value, left + torch.finfo(like.dtype).eps * scale, step, scale)
+        if step < steps:
+            beside.append(norm)
+            basis[step] = w[0] / norm
+    raise ConvergenceError(
+        f"the smallest eigenvalue of the Hessian is not known after {steps} products: {value:.3g} with {left:.2g} left over, "
+        f"where {tolerance * max(abs(value), floor):.2g} is asked for. Raise damping=, raise memory= (a vector is held per "
+        f"product, up to {min(ITERATIONS, p)}), use a float64 model, or use curvature='gauss_newton', which needs no λ_min."
+    )
 
 
-def trace(product: Product, p: int, like: Tensor, *, probes: int = 64, seed: int = 0) -> float:
+def _tridiagonal(diagonal: list[float], beside: list[float]) -> Tensor:
+    T = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+    if not beside:
+        return T
+    off = torch.tensor(beside, dtype=torch.float64)
+    return T + torch.diag(off, 1) + torch.diag(off, -1)
+
+
+def probes_at_once(p: int, memory: int, probes: int = PROBES) -> int:
+    """Random vectors of ``trace`` per pass: each takes about four vectors of p float64 numbers, in a quarter of the memory.
+
+    Args:
+        p: Size of the matrix.
+        memory: The bound in bytes.
+        probes: All random vectors.
+
+    Returns:
+        Vectors per pass, at least 1.
+    """
+    return max(1, min(probes, memory // 4 // (4 * 8 * p)))
+
+
+def trace(
+    product: Product,
+    p: int,
+    like: Tensor,
+    *,
+    probes: int = PROBES,
+    at_once: int = PROBES,
+    seed: int = 0,
+) -> float:
     """Hutchinson's estimate of the trace: the mean of vᵀ C v over random signs.
 
     Args:
@@ -130,11 +212,17 @@ def trace(product: Product, p: int, like: Tensor, *, probes: int = 64, seed: int
         p: Its size.
         like: A tensor on the device.
         probes: Random vectors.
+        at_once: Of them in one product.
         seed: Of the signs.
 
     Returns:
         The estimate.
     """
     generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, (probes, p), generator=generator).to(like.device, torch.float64) * 2 - 1
-    return float((signs * product(signs)).sum() / probes)
+    total = 0.0
+    for start in range(0, probes, at_once):
+        k = min(at_once, probes - start)
+        signs = torch.randint(0, 2, (k, p), generator=generator, dtype=torch.int8)
+        v = signs.to(like.device, torch.float64).mul_(2).sub_(1)
+        total += float((v * product(v)).sum())
+    return total / probes

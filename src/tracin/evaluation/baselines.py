@@ -35,6 +35,10 @@ def mean_loss(found: Evaluation | Tensor) -> Float[Tensor, " n"]:
     Returns:
         Suspicions [n].
 
+    Raises:
+        DataError: Losses of another shape.
+        NotFiniteError: A loss that is NaN or infinite; the row and checkpoint are named.
+
     Example:
         >>> mean_loss(torch.tensor([[2.0, 1.0], [1.0, 0.0]]))
         tensor([1.5000, 0.5000], dtype=torch.float64)
@@ -50,6 +54,10 @@ def last_loss(found: Evaluation | Tensor) -> Float[Tensor, " n"]:
 
     Returns:
         Suspicions [n].
+
+    Raises:
+        DataError: Losses of another shape.
+        NotFiniteError: A loss that is NaN or infinite; the row and checkpoint are named.
     """
     return _losses(found)[-1]
 
@@ -63,6 +71,11 @@ def margin(found: Evaluation | Tensor, labels: Tensor | None = None) -> Float[Te
 
     Returns:
         Suspicions [n], in logits; above 0 where another class is predicted.
+
+    Raises:
+        OptionError: There are no logits or no labels.
+        DataError: Shapes that do not agree, or a label without a logit.
+        NotFiniteError: A logit that is NaN or infinite; the row and checkpoint are named.
 
     Example:
         >>> margin(torch.tensor([[[3.0, 1.0], [3.0, 1.0]]]), torch.tensor([0, 1]))
@@ -88,6 +101,11 @@ def area_under_margin(found: Evaluation | Tensor, labels: Tensor | None = None) 
 
     Returns:
         Suspicions [n], in logits.
+
+    Raises:
+        OptionError: There are no logits or no labels.
+        DataError: Shapes that do not agree, or a label without a logit.
+        NotFiniteError: A logit that is NaN or infinite; the row and checkpoint are named.
     """
     logits, given = _logits(found, labels)
     return _margins(logits, given).mean(0)
@@ -107,6 +125,11 @@ def forgetting(found: Evaluation | Tensor, labels: Tensor | None = None) -> Floa
 
     Returns:
         Suspicions [n], whole numbers.
+
+    Raises:
+        OptionError: There are no logits or no labels.
+        DataError: Shapes that do not agree, or a label without a logit.
+        NotFiniteError: A logit that is NaN or infinite; the row and checkpoint are named.
 
     Example:
         >>> logits = torch.tensor([[[2.0, 1.0]] * 3, [[1.0, 2.0]] * 3, [[2.0, 1.0]] * 3])
@@ -147,6 +170,10 @@ def gradient_norm(
 
     Returns:
         Suspicions [n].
+
+    Raises:
+        OptionError: An option out of range; and what ``TracInCP.self_influence`` refuses of the rows, the loss, the model and
+            the checkpoint.
     """
     method = TracInCP(
         task,
@@ -164,7 +191,10 @@ def gradient_norm(
 def _losses(found: Evaluation | Tensor) -> Float[Tensor, "c n"]:
     losses = (found.losses if isinstance(found, Evaluation) else found).detach().cpu().double()
     if losses.ndim != 2 or losses.numel() == 0:
-        raise DataError(f"losses must be [c, n], one row per checkpoint; the shape is {list(losses.shape)}")
+        raise DataError(
+            f"losses must be [c, n], one row per checkpoint; the shape is {list(losses.shape)}: give those of "
+            "evaluate(task, trajectory, train, name='train'), or losses[None] for one checkpoint."
+        )
     _refuse_not_finite("loss", losses[:, :, None])
     return losses
 
@@ -187,13 +217,14 @@ def _logits(
     if logits.ndim != 3 or logits.shape[2] < 2 or labels.shape != logits.shape[1:2] or logits.numel() == 0:
         raise DataError(
             f"logits must be [c, n, C] with 2 classes or more, and labels [n]; the shapes are {list(logits.shape)} and "
-            f"{list(labels.shape)}"
+            f"{list(labels.shape)}: give those of one evaluation, or logits[None] for one checkpoint."
         )
     outside = (labels < 0) | (labels >= logits.shape[2])
     if bool(outside.any()):
         row = int(outside.nonzero()[0])
         raise DataError(
-            f"row {row} has the label {int(labels[row])}, and there are {logits.shape[2]} logits."
+            f"row {row} has the label {int(labels[row])}, and there are {logits.shape[2]} logits: classes count from 0, and "
+            "every one needs a logit."
         )
     _refuse_not_finite("logits", logits)
     return logits, labels.long()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tracin.errors import DataError, NotFiniteError, OptionError
+from tracin.options import whole_number
 from tracin.shapes import Bool, Float, Int
 
 __all__ = ["Flips", "plant_flips", "plant_hardest_flips"]
@@ -176,8 +177,7 @@ def class_values(labels: Int[Tensor, " n"], classes: int | None) -> Int[Tensor, 
                 f"every row has the label {int(values[0])}; name the number of classes to flip to another"
             )
         return values
-    if classes < 2:
-        raise OptionError(f"classes must be at least 2 to flip a label, got {classes}")
+    classes = whole_number(classes, "classes", 2, why=", as a flip needs another class")
     outside = (labels < 0) | (labels >= classes)
     if outside.any():
         row = int(outside.nonzero()[0])

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tracin.checkpoints import Checkpoint, Trajectory
+from tracin.checkpoints import Checkpoint
 from tracin.data import BatchSize
-from tracin.errors import DataError, NotFiniteError, OptionError
-from tracin.scoring.evaluation import evaluate
-from tracin.scoring.head import layer_inputs, refuse_no_classes
+from tracin.errors import DataError, NotFiniteError
+from tracin.options import whole_number
+from tracin.scoring.head import layer_rows, refuse_no_classes
 from tracin.shapes import Float
 from tracin.tasks import Task
 
@@ -42,7 +42,7 @@ def neighbour_disagreement(features: Tensor, labels: Tensor, *, k: int = 10) -> 
         Suspicions [n] from 0 to 1, float64 on the CPU.
 
     Raises:
-        OptionError: k is not between 1 and n − 1.
+        OptionError: k is not a whole number from 1 to n − 1.
         DataError: Shapes that do not agree.
         NotFiniteError: A feature that is NaN or infinite; the row is named.
 
@@ -54,14 +54,16 @@ def neighbour_disagreement(features: Tensor, labels: Tensor, *, k: int = 10) -> 
     features, labels = features.detach().double(), labels.detach().to(features.device)
     if features.ndim != 2 or labels.shape != features.shape[:1]:
         raise DataError(
-            f"features must be [n, d] and labels [n]; the shapes are {list(features.shape)} and {list(labels.shape)}"
+            f"features must be [n, d] and labels [n]; the shapes are {list(features.shape)} and {list(labels.shape)}: give "
+            "one vector and one class per row."
         )
     n = len(features)
-    if isinstance(k, bool) or not 1 <= k <= n - 1:
-        raise OptionError(f"k is {k!r}: give a whole number of neighbours from 1 to {n - 1}, of {n} rows.")
+    k = whole_number(k, "k", 1, n - 1, why=f", neighbours among {n} rows")
     finite = features.isfinite().all(1)
     if not bool(finite.all()):
-        raise NotFiniteError(f"the features of row {int((~finite).nonzero()[0])} are not finite.")
+        raise NotFiniteError(
+            f"the features of row {int((~finite).nonzero()[0])} are not finite: look at this row's input, or leave it out."
+        )
     # Scaled by the largest entry first, so that neither tiny nor huge features leave the range of float64.
     features = features / features.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     unit = features / features.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
@@ -87,6 +89,7 @@ def neighbour_suspicion(
     batch_size: BatchSize = "auto",
     collate: Callable[[list], Any] | None = None,
     device: str | torch.device = "auto",
+    memory: str | int = "2GiB",
 ) -> Float[Tensor, " n"]:
     """``neighbour_disagreement`` among the train rows, in the features that the last layer sees.
 
@@ -99,17 +102,29 @@ def neighbour_suspicion(
         batch_size: Rows per batch.
         collate: Makes a batch of a list of a dataset's rows.
         device: Where to run.
+        memory: Bound on the features, as they are read.
 
     Returns:
         Suspicions [n].
+
+    Raises:
+        OptionError: The task has no ``outputs``, there is no such layer, k is not from 1 to n − 1, or the features exceed
+            ``memory``.
+        DataError: A row comes back different when it is read again.
+        LossError: The layer is not called once per batch, on a tensor with one entry per row.
+        NotFiniteError: A feature that is NaN or infinite; the row is named.
+        UserCodeError: The model or the dataset fails.
     """
     refuse_no_classes(task, "neighbour_suspicion")
-    size: BatchSize = batch_size
-    features = layer_inputs(
-        task, checkpoint, data, layer=layer, batch_size=size, collate=collate, device=device
-    )
-    found = evaluate(
-        task, Trajectory([checkpoint]), data, name="train", batch_size=size, collate=collate, device=device
+    found = layer_rows(
+        task,
+        checkpoint,
+        data,
+        layer=layer,
+        batch_size=batch_size,
+        collate=collate,
+        device=device,
+        memory=memory,
     )
     assert found.labels is not None
-    return neighbour_disagreement(features, found.labels, k=k)
+    return neighbour_disagreement(found.features, found.labels, k=k)

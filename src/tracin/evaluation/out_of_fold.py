@@ -15,6 +15,7 @@ from torch import Tensor
 from tracin.data import user_code
 from tracin.errors import DataError, MissingExtraError, OptionError
 from tracin.evaluation.flips import whole_numbers
+from tracin.options import whole_number
 from tracin.shapes import Float, Int
 
 __all__ = ["out_of_fold", "self_confidence", "stratified_folds"]
@@ -44,7 +45,7 @@ def self_confidence(
         Suspicions [n] from 0 to 1, float64.
 
     Raises:
-        OptionError: Both or neither of ``probabilities`` and ``fit``.
+        OptionError: Both or neither of ``probabilities`` and ``fit``; fewer than 2 folds, or more than rows.
         DataError: Probabilities of another shape, outside [0, 1], or that do not add up to 1; one class only.
         MissingExtraError: cleanlab is not installed.
     """
@@ -77,7 +78,9 @@ def out_of_fold(labels: Tensor, fit: Fit, *, folds: int = 5, seed: int = 0) -> F
         The probabilities [n, C], float64.
 
     Raises:
-        DataError: ``fit`` returned something else.
+        OptionError: Fewer than 2 folds, or more than rows.
+        DataError: ``fit`` returned something else, or a class has one row.
+        UserCodeError: ``fit`` fails.
 
     Example:
         >>> labels = torch.tensor([0, 1] * 5)
@@ -89,6 +92,7 @@ def out_of_fold(labels: Tensor, fit: Fit, *, folds: int = 5, seed: int = 0) -> F
     """
     given = whole_numbers(labels)
     assigned = stratified_folds(given, folds=folds, seed=seed)
+    folds = int(folds)
     result: Tensor | None = None
     for fold in range(folds):
         train, held_out = (assigned != fold).nonzero().flatten(), (assigned == fold).nonzero().flatten()
@@ -122,10 +126,7 @@ def stratified_folds(labels: Tensor, *, folds: int = 5, seed: int = 0) -> Int[Te
         DataError: A class with one row: the model that does not see the row does not know its class.
     """
     given = whole_numbers(labels)
-    if isinstance(folds, bool) or not 2 <= folds <= len(given):
-        raise OptionError(
-            f"folds is {folds!r}: give a whole number from 2 to {len(given)}, the number of rows."
-        )
+    folds = whole_number(folds, "folds", 2, len(given), why=", the number of rows")
     classes, counts = given.unique(return_counts=True)
     if int(counts.min()) < 2:
         raise DataError(

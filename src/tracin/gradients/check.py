@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tracin.data import Batch, row_checksums, same_checksums
+from tracin.checksums import row_checksums, same_checksums
+from tracin.data import Batch
 from tracin.errors import DataError, LossError
 from tracin.gradients import reference
 from tracin.gradients.agreement import relative_error, tolerance

@@ -75,6 +75,7 @@ class Source:
     where: str = ""
     found: Wiring | None = None
     irregular: dict[str, set[int]] = field(default_factory=dict)
+    mend: str = "leave the checkpoint out"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -95,7 +96,9 @@ class Source:
 
     def run(self, value: object, rows: Sequence[int]) -> Tensor:
         """The losses of a batch, held to the contract."""
-        return row_losses(lambda _, given: self.root(given), self.root.model, value, rows, self.where)
+        return row_losses(
+            lambda _, given: self.root(given), self.root.model, value, rows, self.where, self.mend
+        )
 
     def take(self, rows: Sequence[int]) -> object:
         """A batch of these rows on the device."""
@@ -322,11 +325,11 @@ def batch_gradients(
     source.went_by_row(failed, batch.rows)
     blocks |= _shared_blocks(graph, places, back.places, batch.size, traced)
     by_row = _by_row_blocks(source, keys, batch, slow | failed, traced)
-    _refuse_not_finite(blocks | by_row, batch, source.where)
+    _refuse_not_finite(blocks | by_row, batch, source)
     return BatchGradients(losses if keep_graph else losses.detach(), blocks | by_row, back.parameters, stay)
 
 
-def _refuse_not_finite(blocks: Blocks, batch: Batch, where: str) -> None:
+def _refuse_not_finite(blocks: Blocks, batch: Batch, source: Source) -> None:
     """Look at embeddings, whose products skip tokens that do not match; elsewhere a NaN reaches the product."""
     tables = [
         part
@@ -335,16 +338,17 @@ def _refuse_not_finite(blocks: Blocks, batch: Batch, where: str) -> None:
         if isinstance(part, Rows)
     ]
     if not all(bool(torch.isfinite(table.d.sum())) for table in tables):
-        name_not_finite(blocks, batch, where)
+        name_not_finite(blocks, batch, source.where, source.mend)
 
 
-def name_not_finite(blocks: Blocks, batch: Batch, where: str) -> None:
+def name_not_finite(blocks: Blocks, batch: Batch, where: str, mend: str = "leave the checkpoint out") -> None:
     """Find and name the row and parameter of a NaN or infinite gradient.
 
     Args:
         blocks: The batch's gradients.
         batch: Its rows.
         where: The checkpoint, for the message.
+        mend: What else can be done, for the message.
 
     Raises:
         NotFiniteError: If there is one.
@@ -356,5 +360,5 @@ def name_not_finite(blocks: Blocks, batch: Batch, where: str) -> None:
             row = batch.rows[at]
             raise NotFiniteError(
                 f"the gradient of row {row} for {' / '.join(names)} is not finite ({where}). Look at this row's input and at "
-                "divisions, logarithms and square roots near zero in the model and the loss, or leave the checkpoint out."
+                f"divisions, logarithms and square roots near zero in the model and the loss, or {mend}."
             )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,18 +13,29 @@ from typing import Any, Literal
 import torch
 
 from tracin.checkpoints import Checkpoint, Trajectory
-from tracin.curvature import dense, preconditioned
-from tracin.curvature.operators import CurvatureRows, GaussNewton, Hessian
-from tracin.curvature.solvers import CURVATURES, SOLVERS, CurvatureOptions, Prepared, prepare
+from tracin.checksums import row_checksums
+from tracin.curvature import lissa, preconditioned
+from tracin.curvature.cost import cost
+from tracin.curvature.operators import CurvatureRows
+from tracin.curvature.solvers import (
+    COPIES,
+    CURVATURES,
+    SOLVERS,
+    CurvatureOptions,
+    Prepared,
+    prepare,
+    refuse_zero_damping,
+)
 from tracin.curvature.vectors import Vectors
-from tracin.data import BatchSize, open_rows
+from tracin.data import BatchSize, RowSource, open_rows
 from tracin.errors import OptionError
 from tracin.gradients.engine import Source
 from tracin.gradients.sites import LossModule
+from tracin.methods.answers import scores_result, self_influence_result, top_k_result
 from tracin.methods.provenance import provenance
 from tracin.methods.settings import checked_settings, require_task
 from tracin.methods.within import allowed_rows
-from tracin.results import Ranking, Scores, SelfInfluence, TopK
+from tracin.results import Scores, SelfInfluence, TopK
 from tracin.scoring import top_k
 from tracin.scoring.plan import Plan, plan
 from tracin.scoring.run import Run, opened
@@ -35,6 +46,8 @@ __all__ = ["InfluenceFunctions"]
 
 CurvatureName = Literal["gauss_newton", "hessian"]
 SolverName = Literal["exact", "cg", "lissa", "ekfac"]
+# Steps that a plan counts: how many there are shows only as they are taken.
+PLANNED = {"cg": 100, "lissa": 4096}
 
 
 @dataclass(frozen=True)
@@ -73,8 +86,9 @@ class InfluenceFunctions:
         tolerance: For cg and lissa, ‖(C + λI)x − g‖ / ‖g‖: 1e-10 for a float64 model and 1e-4 otherwise; 0.05 for lissa.
         iterations: For cg (1000) and lissa (10 000), the most steps.
         scale: For lissa, an upper bound of the eigenvalues; found by power iteration unless given.
-        samples: For ekfac, random labels per row in place of the exact expectation, which costs a backward pass per class.
-        seed: Of lissa's batches, ekfac's samples and the estimates of trace and λ_min.
+        samples: For ekfac, random columns per row in place of one column per class, each a backward pass: mixtures R ε of the
+            columns of H = R Rᵀ, ε random signs, which keep the expectation. No labels are drawn.
+        seed: Of lissa's batches, ekfac's samples and the estimates of trace and λ_min. Provenance has it where it was read.
         batch_size: As for ``TracInCP``, as the following.
         collate: Makes a batch of a list of a dataset's rows.
         device: Where to run.
@@ -143,17 +157,21 @@ class InfluenceFunctions:
 
         Returns:
             ``values`` [q, n] on the CPU, in the parameters' dtype, at least float32.
+
+        Raises:
+            CheckpointError: The checkpoint does not fit the model.
+            ConvergenceError: cg, lissa or the estimate of λ_min stopped short; the message names the knob.
+            DataError: Rows that are empty, out of order, or change between passes.
+            LossError: The loss is not a vector with one number per row.
+            ModelError: The model or the loss has no such curvature, or no factors for ekfac.
+            NotFiniteError: A loss, a gradient or the curvature is NaN or infinite; the message names the row.
+            OptionError: A damping that is too small, or a curvature that does not fit the memory.
+            UserCodeError: From an exception inside the model, the loss or the dataset.
         """
         with self._opened(train, queries) as ready:
             prepared = self._prepared(ready)
             values = preconditioned.influence(ready.run, prepared, ready.rows.vectors)
-            q, n = values.shape
-            return Scores(
-                values=values,
-                train_ids=torch.arange(n),
-                query_ids=torch.arange(q),
-                provenance=self._provenance(ready, "influence", prepared),
-            )
+            return scores_result(values, self._provenance(ready, "influence", prepared))
 
     def top_k(
         self, train: Any, queries: Any, k: int = 10, *, within: Literal["label"] | int | None = None
@@ -168,6 +186,17 @@ class InfluenceFunctions:
 
         Returns:
             Proponents and opponents, signs kept, ties by lower id.
+
+        Raises:
+            CheckpointError: The checkpoint does not fit the model.
+            ConvergenceError: cg, lissa or the estimate of λ_min stopped short; the message names the knob.
+            DataError: Rows that are empty, out of order, or change between passes.
+            LossError: The loss is not a vector with one number per row.
+            ModelError: The model or the loss has no such curvature, or no factors for ekfac.
+            NotFiniteError: A loss, a gradient or the curvature is NaN or infinite; the message names the row.
+            OptionError: A damping that is too small, or a curvature that does not fit the memory; ``k`` or ``within`` out of
+                range.
+            UserCodeError: From an exception inside the model, the loss or the dataset.
         """
         allowed = allowed_rows(self.task, self.checkpoint, self.settings, train, queries, k, within)
         with self._opened(train, queries) as ready:
@@ -175,12 +204,8 @@ class InfluenceFunctions:
             prepared = self._prepared(ready)
             held = preconditioned.solved_queries(ready.run, prepared, ready.rows.vectors)
             high, low = top_k.top_k(ready.run, k, allowed, ([tile] for tile in held))
-            return TopK(
-                proponents=Ranking(ids=high.ids, values=high.values),
-                opponents=Ranking(ids=low.ids, values=low.values),
-                query_ids=torch.arange(len(high.ids)),
-                provenance={**self._provenance(ready, "top_k", prepared), "k": k, "within": within},
-            )
+            record = {**self._provenance(ready, "top_k", prepared), "k": k, "within": within}
+            return top_k_result(high, low, record, len(ready.run.train.rows))
 
     def self_influence(self, train: Any) -> SelfInfluence:
         """score(z, z) of every train row: about n times the rise of its own loss if it is left out.
@@ -190,12 +215,22 @@ class InfluenceFunctions:
 
         Returns:
             ``values`` [n].
+
+        Raises:
+            CheckpointError: The checkpoint does not fit the model.
+            ConvergenceError: cg, lissa or the estimate of λ_min stopped short; the message names the knob.
+            DataError: Rows that are empty, out of order, or change between passes.
+            LossError: The loss is not a vector with one number per row.
+            ModelError: The model or the loss has no such curvature, or no factors for ekfac.
+            NotFiniteError: A loss, a gradient or the curvature is NaN or infinite; the message names the row.
+            OptionError: A damping that is too small, or a curvature that does not fit the memory.
+            UserCodeError: From an exception inside the model, the loss or the dataset.
         """
         with self._opened(train) as ready:
             prepared = self._prepared(ready)
             values = preconditioned.self_influence(ready.run, prepared, ready.rows.vectors)
             record = self._provenance(ready, "self_influence", prepared)
-            return SelfInfluence(values=values, train_ids=torch.arange(len(values)), provenance=record)
+            return self_influence_result(values, record)
 
     def verify(self, train: Any, *, rows: int = 8, seed: int = 0) -> Verification:
         """Exactness of the gradients on this model and data, as for ``TracInCP``; the solution is told in provenance.
@@ -209,7 +244,12 @@ class InfluenceFunctions:
             Errors and coverage.
 
         Raises:
+            CheckpointError: The checkpoint does not fit the model.
+            DataError: Rows that are empty or out of order.
+            LossError: The loss is not a vector with one number per row.
+            NotFiniteError: A loss or a gradient is NaN or infinite.
             OptionError: ``rows`` is not a positive whole number.
+            UserCodeError: From an exception inside the model, the loss or the dataset.
         """
         if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
             raise OptionError(f"verify: rows is {rows!r}. Give a whole number, at least 1.")
@@ -219,7 +259,8 @@ class InfluenceFunctions:
     def plan(self, train: Any, queries: Any) -> Plan:
         """Memory, time and passes of ``influence(train, queries)``, from one batch of each side.
 
-        The passes of cg and lissa depend on the damping; the plan counts 100 for cg and 4096 steps for lissa.
+        The steps of cg and lissa depend on the damping; the plan counts 100 for cg and 4096 for lissa. What finds λ_min and
+        lissa's scale is counted at its most.
 
         Args:
             train: Train rows.
@@ -227,10 +268,17 @@ class InfluenceFunctions:
 
         Returns:
             The plan.
+
+        Raises:
+            CheckpointError: The checkpoint does not fit the model.
+            DataError: Rows that are empty or out of order.
+            LossError: The loss is not a vector with one number per row.
+            ModelError: The model or the loss has no such curvature, or no factors for ekfac.
+            NotFiniteError: A loss or a gradient is NaN or infinite.
+            OptionError: A curvature that does not fit the memory.
+            UserCodeError: From an exception inside the model, the loss or the dataset.
         """
         with self._opened(train, queries) as ready:
-            if self.options.solver == "exact":
-                dense.refuse_too_large(ready.rows.vectors.size, self.options.memory)
             return _with_curvature(plan(ready.run), ready, self.options)
 
     @contextmanager
@@ -264,12 +312,17 @@ class InfluenceFunctions:
             "solver": self.options.solver,
             "curvature_data": "train" if self.curvature_data is None else "given",
             "curvature_rows": n,
+            **({} if self.curvature_data is None else {"curvature_digest": _digest(ready.rows.source.rows)}),
             **prepared.record(),
         }
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _check(options: CurvatureOptions) -> None:
@@ -298,40 +351,44 @@ def _check(options: CurvatureOptions) -> None:
                 f"InfluenceFunctions: {name} is read by solver={' or '.join(map(repr, solvers))}, not by {options.solver!r}."
             )
         whole = name in {"iterations", "samples"}
-        if not _number(value) or value <= 0 or (whole and value != int(value)):
+        if not (_whole(value) if whole else _finite(value)) or value <= 0:
             raise OptionError(
                 f"InfluenceFunctions: {name} is {value!r}. Give a positive {'whole ' if whole else ''}number."
             )
-    if options.damping is not None and not (_number(options.damping) and 0 <= options.damping < float("inf")):
+    if options.damping is not None and not (_finite(options.damping) and options.damping >= 0):
         raise OptionError(
             f"InfluenceFunctions: damping is {options.damping!r}. Give a number that is not negative."
         )
-    if isinstance(options.seed, bool) or not isinstance(options.seed, int):
+    if not _whole(options.seed):
         raise OptionError(f"InfluenceFunctions: seed is {options.seed!r}. Give a whole number.")
+    refuse_zero_damping(options)
+
+
+def _digest(rows: RowSource) -> str | None:
+    """Of the rows' checksums, to know the data again, whatever the batches; None where they hold no tensors."""
+    found = hashlib.sha256()
+    for batch in rows.batches():
+        sums = row_checksums(batch, double=True)
+        if sums is None:
+            return None
+        found.update("".join(f"{value:.9e};" for value in sums.tolist()).encode())
+    return found.hexdigest()[:16]
 
 
 def _with_curvature(base: Plan, ready: _Ready, options: CurvatureOptions) -> Plan:
-    """Add what the curvature costs, by one product on its first batch."""
-    rows = ready.rows
-    p, n, m = rows.vectors.size, len(rows), len(ready.run.asked.rows)
-    curvature = (Hessian if options.curvature == "hessian" else GaussNewton)(rows)
-    batch, value = next(rows.batches())
-    columns = min(m, 32)
-    start = time.perf_counter()
-    curvature.on_batch(
-        batch, value, torch.ones(columns, p, dtype=torch.float64, device=ready.run.loaded.device)
+    """Add what the curvature costs: to make it ready, and to solve with it."""
+    run, vectors, n, m = ready.run, ready.rows.vectors, len(ready.rows), len(ready.run.asked.rows)
+    made = cost(ready.rows, run.train.wiring, options)
+    at_once = preconditioned.rows_at_once(run, COPIES[options.solver], vectors)
+    tiles = preconditioned.tiles_of(run.asked.rows.sizes, at_once)
+    # Passes of one tile's solution, and the products of one vector that they are.
+    solving = {"cg": PLANNED["cg"] + 1.0, "lissa": PLANNED["lissa"] / max(1, n // lissa.ROWS)}.get(
+        options.solver, 0.0
     )
-    one = (time.perf_counter() - start) / batch.size * n / columns  # one vector over all rows
-    held = m * p * (8 * 8 + ready.run.dtype.itemsize)
-    passes, seconds, memory = {
-        "exact": (1, one * p, dense.bytes_of(p)),
-        "cg": (100, one * m * 100, min(held, options.memory // 4)),
-        "lissa": (-(-4096 * 64 // n), one * m * 4096 * 64 / n, min(held, options.memory // 4)),
-        "ekfac": (2, 2 * one * 10, min(held, options.memory // 4)),
-    }[options.solver]
+    held = min(m, at_once) * vectors.size * (8 * COPIES[options.solver] + run.dtype.itemsize)
     return replace(
         base,
-        peak_bytes=base.peak_bytes + int(memory),
-        seconds=base.seconds + seconds,
-        passes=base.passes + passes,
+        peak_bytes=base.peak_bytes + made.nbytes + held,
+        seconds=base.seconds * tiles / base.passes + made.seconds + m * solving * made.product,
+        passes=tiles + made.passes + tiles * math.ceil(solving),
     )

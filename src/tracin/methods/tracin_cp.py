@@ -8,16 +8,17 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from tracin.checkpoints import Trajectory
 from tracin.data import BatchSize
 from tracin.errors import AdaptiveOptimizerWarning, OptionError
 from tracin.gradients.projection import Projection
+from tracin.methods.answers import scores_result, self_influence_result, top_k_result
 from tracin.methods.provenance import provenance
 from tracin.methods.settings import checked_settings, require_task
 from tracin.methods.within import allowed_rows
-from tracin.results import Ranking, Scores, SelfInfluence, TopK
+from tracin.options import whole_number
+from tracin.results import Scores, SelfInfluence, TopK
 from tracin.scoring import passes, top_k
 from tracin.scoring.plan import Plan, plan
 from tracin.scoring.run import Run, opened
@@ -27,6 +28,7 @@ from tracin.tasks import Task
 __all__ = ["TracInCP"]
 
 Weighting = Literal["learning_rate", "uniform", "integrated"]
+MEND = "normalize=True compares directions instead of lengths."
 
 
 class TracInCP:
@@ -121,16 +123,20 @@ class TracInCP:
 
         Returns:
             ``values`` [q, n] on the CPU, in the parameters' dtype, at least float32.
+
+        Raises:
+            OptionError: ``normalize`` with several rates in one checkpoint.
+            DataError: The rows: order, length, a change between passes.
+            LossError: The loss breaks its contract, or mixes rows.
+            ModelError: The model mixes rows, or a checkpoint leaves nothing to trace.
+            CheckpointError: A checkpoint is damaged, or of another model.
+            RateError: A rate that the weighting reads is missing, negative or not finite.
+            NotFiniteError: A loss or gradient is NaN or infinite; the row and parameter are named.
+            UserCodeError: The model, the loss or the dataset fails.
         """
         with opened(self.task, self.trajectory, self.settings, train, queries) as run:
             values = passes.influence(run)
-            n, q = len(run.train.rows), values.shape[0]
-            return Scores(
-                values=values,
-                train_ids=torch.arange(n),
-                query_ids=torch.arange(q),
-                provenance=self.provenance(run, "influence"),
-            )
+            return scores_result(values, self.provenance(run, "influence"))
 
     def top_k(
         self, train: Any, queries: Any, k: int = 10, *, within: Literal["label"] | int | None = None
@@ -147,20 +153,15 @@ class TracInCP:
             Proponents and opponents, signs kept, ties by lower id.
 
         Raises:
-            OptionError: k is out of range, or a class has fewer than k rows.
+            OptionError: k is out of range, or a class has fewer than k rows; and what ``influence`` refuses.
         """
         last = self.trajectory[len(self.trajectory) - 1]
         allowed = allowed_rows(self.task, last, self.settings, train, queries, k, within)
+        mend = None if self.settings.normalize else MEND
         with opened(self.task, self.trajectory, self.settings, train, queries) as run:
             high, low = top_k.top_k(run, k, allowed)
-            provenance = {**self.provenance(run, "top_k"), "k": k, "within": within}
-            return TopK(
-                proponents=Ranking(ids=high.ids, values=high.values),
-                opponents=Ranking(ids=low.ids, values=low.values),
-                query_ids=torch.arange(len(high.ids)),
-                provenance=provenance,
-                notes=() if self.settings.normalize else _dominance(high.ids, low.ids, len(run.train.rows)),
-            )
+            record = {**self.provenance(run, "top_k"), "k": k, "within": within}
+            return top_k_result(high, low, record, len(run.train.rows), mend=mend)
 
     def self_influence(self, train: Any) -> SelfInfluence:
         """score(z, z) of every train row: high for rows that the model must learn by heart, mislabelled ones first.
@@ -170,11 +171,13 @@ class TracInCP:
 
         Returns:
             ``values`` [n].
+
+        Raises:
+            OptionError: Under ``normalize``, where every row has the same; and what ``influence`` refuses.
         """
         with opened(self.task, self.trajectory, self.settings, train) as run:
             values = passes.self_influence(run)
-            provenance = self.provenance(run, "self_influence")
-            return SelfInfluence(values=values, train_ids=torch.arange(len(values)), provenance=provenance)
+            return self_influence_result(values, self.provenance(run, "self_influence"))
 
     def verify(self, train: Any, *, rows: int = 8, seed: int = 0) -> Verification:
         """Exactness on this model and data: random rows at every checkpoint against one-at-a-time autograd.
@@ -188,10 +191,9 @@ class TracInCP:
             Errors and coverage.
 
         Raises:
-            OptionError: ``rows`` is not a positive whole number.
+            OptionError: ``rows`` is not a positive whole number; and what ``influence`` refuses.
         """
-        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
-            raise OptionError(f"verify: rows is {rows!r}. Give a whole number, at least 1.")
+        rows = whole_number(rows, "verify: rows", 1)
         with opened(self.task, self.trajectory, self.settings, train) as run:
             return verify(run, rows, seed)
 
@@ -204,6 +206,9 @@ class TracInCP:
 
         Returns:
             The plan.
+
+        Raises:
+            OptionError: As for ``influence``, with what else it refuses on the first batches.
         """
         with opened(self.task, self.trajectory, self.settings, train, queries) as run:
             return plan(run)
@@ -223,20 +228,3 @@ class TracInCP:
         seed = None if projection is None else projection.seed
         record = provenance(run, method="TracInCP", verb=verb, scale=scale, seed=seed)
         return record | {"projection": None if projection is None else asdict(projection)}
-
-
-def _dominance(high: Tensor, low: Tensor, n: int) -> tuple[str, ...]:
-    """A note when a few rows fill most queries' lists."""
-    q, k = high.shape
-    if q < 5 or n < 5 * k:
-        return ()
-    entries = torch.cat([high, low], 1).reshape(-1)
-    counts = entries.bincount(minlength=n)
-    share = float(counts.topk(min(2 * k, n)).values.sum()) / len(entries)
-    if share < 0.8:
-        return ()
-    note = (
-        f"the same {min(2 * k, n)} rows fill {share:.0%} of all queries' lists. Rows with large gradients dominate; "
-        "normalize=True compares directions instead of lengths."
-    )
-    return (note,)

@@ -15,32 +15,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tracin.checkpoints import Checkpoint
-from tracin.data import (
-    Batch,
-    BatchSize,
-    RowSource,
-    open_rows,
-    row_checksums,
-    same_checksums,
-    to_device,
-    user_code,
-)
+from tracin.checksums import Passes, refuse_unsteady
+from tracin.data import Batch, BatchSize, RowSource, open_rows, to_device, user_code
 from tracin.errors import DataError, LossError, ModelError, NotFiniteError, OptionError
 from tracin.gradients.agreement import tolerance
 from tracin.scoring.evaluation import checked_outputs
 from tracin.scoring.guard import guarded
+from tracin.scoring.run import parse_memory
 from tracin.shapes import Float, Int
 from tracin.tasks import Task
 
 __all__ = [
     "HeadRows",
+    "LayerRows",
     "called",
     "find_head",
     "last_linear",
-    "layer_inputs",
+    "layer_rows",
     "one_call",
     "refuse_no_classes",
-    "refuse_unsteady",
+    "refuse_too_large",
     "see_head",
 ]
 
@@ -192,29 +186,6 @@ def see_head(task: Task, head: nn.Linear, name: str, batch: Batch, value: Any, w
     return HeadRows(found.input, output, labels.to(output.device))
 
 
-def refuse_unsteady(rows: RowSource, batch: Batch) -> None:
-    """Read the rows of a batch again, in reverse: data that changes, or a collate that reorders, is refused.
-
-    Args:
-        rows: The source.
-        batch: One of its batches, as it was read.
-
-    Raises:
-        DataError: A row came back different.
-    """
-    there = row_checksums(batch, double=True)
-    again = list(batch.rows)[::-1]
-    back = row_checksums(Batch(again, rows.take(again)), double=True)
-    if there is None or back is None:
-        return
-    same = same_checksums(there, back.flip(0))
-    if not bool(same.all()):
-        raise DataError(
-            f"{rows.name}: row {batch.rows[int((~same).nonzero()[0])]} came back different when it was read again. Turn off "
-            "augmentation and other randomness in the dataset, and sorting in the collate function."
-        )
-
-
 def one_call(calls: list[Call], name: str, n: int) -> Call:
     """The one call of the head on a batch of n rows; more, none or other shapes are a ``ModelError``."""
     shapes = [list(call.output.shape) for call in calls if isinstance(call.output, Tensor)]
@@ -241,7 +212,35 @@ def _refuse_other_product(head: nn.Linear, name: str, call: Call) -> None:
         )
 
 
-def layer_inputs(
+def refuse_too_large(held: int, batch: Batch, rows: RowSource, memory: int) -> None:
+    """Refuse rows whose features do not fit, as soon as a batch says so.
+
+    Args:
+        held: Bytes held after the batch.
+        batch: The batch.
+        rows: Its source.
+        memory: Bytes allowed.
+
+    Raises:
+        OptionError: They do not fit; the message tells what all rows would take.
+    """
+    if held > memory:
+        share = held / (batch.start + batch.size) * len(rows)
+        raise OptionError(
+            f"the features of {len(rows)} {rows.name} rows take {share / 2**30:.2g} GiB, and memory= allows "
+            f"{memory / 2**30:.2g} GiB. Raise it, or take fewer rows."
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class LayerRows:
+    """The input of a module for every row, on the CPU, and the rows' labels where the task has ``outputs``."""
+
+    features: Float[Tensor, "n d"]
+    labels: Int[Tensor, " n"] | None
+
+
+def layer_rows(
     task: Task,
     checkpoint: Checkpoint,
     data: Any,
@@ -251,8 +250,9 @@ def layer_inputs(
     batch_size: BatchSize = "auto",
     collate: Callable[[list], Any] | None = None,
     device: str | torch.device = "auto",
-) -> Float[Tensor, "n d"]:
-    """The input of a module for every row: by default the features that the last ``Linear`` sees.
+    memory: str | int = "2GiB",
+) -> LayerRows:
+    """The input of a module and the label of every row, in one pass: by default the features that the last ``Linear`` sees.
 
     Args:
         task: Model and loss.
@@ -263,34 +263,51 @@ def layer_inputs(
         batch_size: Rows per batch.
         collate: For a dataset.
         device: Where to run.
+        memory: Bound on the features, which are held twice while they are put together.
 
     Returns:
         One vector per row, on the CPU; what has more dimensions is laid out flat.
 
     Raises:
-        OptionError: There is no such module.
+        OptionError: There is no such module, or the features exceed ``memory``.
         LossError: The module does not see one tensor [n, ...] per batch.
+        DataError: A row comes back different when it is read again.
+        UserCodeError: The model or the dataset fails.
     """
     modules = dict(task.model.named_modules())
-    layer = find_head(task.model, None, "layer_inputs")[0] if layer is None else layer
+    layer = find_head(task.model, None, "layer_rows")[0] if layer is None else layer
     if layer not in modules:
         raise OptionError(f"there is no module {layer!r}. The last ones are {', '.join(list(modules)[-8:])}.")
     rows = open_rows(data, name=name, batch_size=batch_size, collate=collate)
-    where = f"{name}, {checkpoint.name}"
-    run: Any = task.outputs or task.loss
-    parts = []
+    allowed, passes = parse_memory(memory), Passes()
+    features, labels, held = [], [], 0
     with guarded(task.model, device) as loaded, torch.no_grad():
         loaded.load(checkpoint)
         for batch in rows.batches():
-            value = to_device(batch.value, loaded.device)
-            with called(modules[layer]) as calls, user_code("the model", batch.rows, where):
-                run(task.model, value)
-            seen = [call.input for call in calls]
-            if len(seen) != 1 or not isinstance(seen[0], Tensor) or seen[0].shape[:1] != (batch.size,):
-                shapes = [list(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in seen]
-                raise LossError(
-                    f"{layer!r} saw {shapes or 'nothing'} for {batch.size} rows ({where}). Name a module that is called once, "
-                    "on a tensor [n, ...]."
-                )
-            parts.append(seen[0].detach().reshape(batch.size, -1).cpu())
-    return torch.cat(parts)
+            if batch.start == 0:
+                refuse_unsteady(rows, batch)
+            passes.check(rows, batch)
+            value = to_device(batch.value, loaded.device, copy=True)
+            found = _seen_by(task, modules[layer], layer, batch, value, f"{name}, {checkpoint.name}")
+            held += 2 * found.features.nbytes
+            refuse_too_large(held, batch, rows, allowed)
+            features.append(found.features)
+            labels.append(found.labels)
+    known = [some for some in labels if some is not None]
+    return LayerRows(torch.cat(features), torch.cat(known) if known else None)
+
+
+def _seen_by(task: Task, module: nn.Module, name: str, batch: Batch, value: Any, where: str) -> LayerRows:
+    """What a module sees of a batch, and its labels."""
+    run: Any = task.outputs or task.loss
+    with called(module) as calls, user_code("the model", batch.rows, where):
+        pair = run(task.model, value)
+    seen = [call.input for call in calls]
+    if len(seen) != 1 or not isinstance(seen[0], Tensor) or seen[0].shape[:1] != (batch.size,):
+        shapes = [list(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in seen]
+        raise LossError(
+            f"{name!r} saw {shapes or 'nothing'} for {batch.size} rows ({where}). Name a module that is called once, "
+            "on a tensor [n, ...]."
+        )
+    labels = None if task.outputs is None else checked_outputs(pair, batch.size)[1]
+    return LayerRows(seen[0].detach().reshape(batch.size, -1).cpu(), labels)

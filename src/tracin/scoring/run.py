@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,17 +11,9 @@ import torch
 from torch import Tensor
 
 from tracin.checkpoints import Trajectory
-from tracin.data import (
-    Batch,
-    BatchSize,
-    RowSource,
-    describe_rows,
-    open_rows,
-    row_checksums,
-    same_checksums,
-    to_device,
-)
-from tracin.errors import DataError, LossError, NotFiniteError, OptionError, UserCodeError
+from tracin.checksums import Passes, SteadyTake
+from tracin.data import Batch, BatchSize, RowSource, open_rows, to_device
+from tracin.errors import LossError, NotFiniteError, OptionError, UserCodeError
 from tracin.gradients.agreement import accumulation_dtype
 from tracin.gradients.blocks import Block
 from tracin.gradients.check import checked_gradients
@@ -128,7 +120,7 @@ class Run:
     where: str = ""
     index: int = 0
     projector: Projector | None = None
-    _checksums: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    passes: Passes = field(default_factory=Passes)
     _checked: set[str] = field(default_factory=set)
 
     @property
@@ -181,8 +173,9 @@ class Run:
     def _wire(self, source: Source) -> None:
         n = len(source.rows)
         rows = sorted({0, n // 2, n - 1})
+        take = SteadyTake(source.rows, source.device)
         try:
-            source.found = wire(source.root, self.selection.traced, source.run, _Steady(source), rows)
+            source.found = wire(source.root, self.selection.traced, source.run, take, rows)
         except LossError:
             first = next(iter(source.rows.batches()))  # the user's own batch says more than the probe's
             source.run(to_device(first.value, source.device), first.rows)
@@ -213,22 +206,8 @@ class Run:
                 yield batch, to_device(batch.value, self.loaded.device)
 
     def check_unchanged(self, source: Source, batch: Batch) -> None:
-        """Compare a batch's checksums with those of the pass before."""
-        found = row_checksums(batch)
-        key = (source.rows.name, batch.start)
-        seen = self._checksums.get(key)
-        if found is None:
-            return
-        if seen is None:
-            self._checksums[key] = found
-            if source.rows.collates:
-                _refuse_reordering(source, batch)
-        elif bool((changed := (found != seen) & ~(found.isnan() & seen.isnan())).any()):
-            row = batch.rows[int(changed.nonzero()[0])]
-            raise DataError(
-                f"{source.rows.name}: row {row} changed between two passes over the data. Turn off augmentation, shuffling "
-                "and other randomness in the dataset for tracing."
-            )
+        """Compare a batch with that of the pass before."""
+        self.passes.check(source.rows, batch)
 
     def gradients(self, source: Source, batch: Batch, value: Any) -> BatchGradients:
         """A batch's per-example gradients; the first batch of each source is checked against autograd."""
@@ -248,40 +227,6 @@ class Run:
     def rates_of(self, names: tuple[str, ...]) -> tuple[float, ...]:
         """The weights w_c of a block's parameters at this checkpoint."""
         return tuple(self.rates[name] for name in names)
-
-
-def _refuse_reordering(source: Source, batch: Batch) -> None:
-    """Collate a batch's rows in reverse and see them reversed: a collate that sorts would give scores to other rows."""
-    rows = list(batch.rows)
-    there = row_checksums(batch, double=True)
-    back = row_checksums(Batch(rows[::-1], source.rows.take(rows[::-1])), double=True)
-    if there is None or back is None or bool(same_checksums(there, back.flip(0)).all()):
-        return
-    raise DataError(
-        f"{source.rows.name}: the collate function does not keep the rows of a batch in their order ({describe_rows(rows)}), or "
-        "rows come back different when they are read again. Sort inside the model instead, or not at all, and turn off "
-        "augmentation and other randomness for tracing."
-    )
-
-
-class _Steady:
-    """``source.take``, refusing a row that comes back different when it is read again."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self._seen: dict[int, Tensor] = {}
-
-    def __call__(self, rows: Sequence[int]) -> Any:
-        """A batch of these rows on the device."""
-        value = self._source.rows.take(rows)
-        found = row_checksums(Batch(rows, value), double=True)
-        for row, mine in zip(rows, found if found is not None else (), strict=found is not None):
-            if not bool(same_checksums(mine, self._seen.setdefault(row, mine))):
-                raise DataError(
-                    f"{self._source.rows.name}: row {row} came back different when it was read again. Turn off "
-                    "augmentation and other randomness in the dataset for tracing, and sorting in the collate function."
-                )
-        return to_device(value, self._source.device)
 
 
 def products(

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from tracin.data import Batch, to_device
-from tracin.errors import OptionError
+from tracin.options import whole_number
 from tracin.progress import progress
 from tracin.scoring.passes import HeldQueries, first_queries, same_queries, score_batch
 from tracin.scoring.run import Run
+from tracin.shapes import Bool, Int
 
-__all__ = ["Lists", "check_k", "merge", "top_k"]
+__all__ = ["Lists", "Strongest", "Within", "check_k", "merge", "top_k"]
 
 
 @dataclass(frozen=True)
@@ -30,18 +31,75 @@ class Lists:
     ids: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Within:
+    """Lists within a class: the class that each query's lists hold, and the class of each train row."""
+
+    wanted: Int[Tensor, " q"]
+    labels: Int[Tensor, " n"]
+
+    def outside(self, queries: slice, rows: Tensor) -> Bool[Tensor, "q tile"]:
+        """Which of these rows may not stand in the lists of these queries.
+
+        Args:
+            queries: Consecutive queries.
+            rows: Ids of train rows [tile].
+
+        Returns:
+            True where the classes differ.
+        """
+        return self.wanted[queries, None] != self.labels[rows][None, :]
+
+
+class Strongest:
+    """The k largest and the k smallest scores of some queries, tile by tile of train rows.
+
+    Args:
+        k: List length.
+        queries: Which queries they are.
+        within: Lists within a class; None: all rows.
+    """
+
+    def __init__(self, k: int, queries: slice, within: Within | None) -> None:
+        self._k, self._queries, self._within = k, queries, within
+        self._high: Lists | None = None
+        self._low: Lists | None = None
+
+    def add(self, values: Tensor, ids: Tensor) -> None:
+        """Enter a tile.
+
+        Args:
+            values: Scores [q, tile], on the CPU.
+            ids: The tile's rows, increasing, and higher than those of the tiles before.
+        """
+        up, down = values, -values
+        if self._within is not None:
+            out = self._within.outside(self._queries, ids)
+            up, down = up.masked_fill(out, -torch.inf), down.masked_fill(out, -torch.inf)
+        self._high, self._low = merge(self._high, up, ids, self._k), merge(self._low, down, ids, self._k)
+
+    def lists(self) -> tuple[Lists, Lists]:
+        """Proponents and opponents, signs kept.
+
+        Returns:
+            The two lists.
+
+        Raises:
+            RuntimeError: No tile was entered.
+        """
+        if self._high is None or self._low is None:
+            raise RuntimeError("no train rows were read")
+        return self._high, Lists(-self._low.values, self._low.ids)
+
+
 def check_k(k: int, n: int) -> None:
     """Refuse a k outside 1..n.
 
     Args:
         k: List length.
         n: Train rows.
-
-    Raises:
-        OptionError: With the range.
     """
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= n:
-        raise OptionError(f"k is {k!r}: give a whole number from 1 to the number of train rows, {n}.")
+    whole_number(k, "k", 1, n, why=", the number of train rows")
 
 
 def merge(lists: Lists | None, values: Tensor, ids: Tensor, k: int) -> Lists:
@@ -117,37 +175,33 @@ def _resident(run: Run, budget: int) -> Iterator[list[HeldQueries]]:
 
 
 def top_k(
-    run: Run, k: int, allowed: Tensor | None = None, resident: Iterable[list[HeldQueries]] | None = None
+    run: Run, k: int, within: Within | None = None, resident: Iterable[list[HeldQueries]] | None = None
 ) -> tuple[Lists, Lists]:
     """Proponents (largest) and opponents (smallest) of every query.
 
     Args:
         run: A run with queries.
         k: List length.
-        allowed: Which train rows may stand in a query's lists, bool [q, n]; all unless given.
+        within: Lists within a class; of all train rows unless given.
         resident: The queries tile by tile, each at every checkpoint; their gradients unless given.
 
     Returns:
         Proponents and opponents, signs kept.
-
-    Raises:
-        OptionError: k is out of range.
     """
     n = len(run.train.rows)
     check_k(k, n)
     held = _resident(run, run.settings.memory // 2) if resident is None else resident
-    done = [_scan(run, tile, k, allowed) for tile in held]
+    done = [_scan(run, tile, k, within) for tile in held]
     high = Lists(torch.cat([lists.values for lists, _ in done]), torch.cat([lists.ids for lists, _ in done]))
     low = Lists(torch.cat([lists.values for _, lists in done]), torch.cat([lists.ids for _, lists in done]))
     return high, low
 
 
-def _scan(run: Run, resident: list[HeldQueries], k: int, allowed: Tensor | None) -> tuple[Lists, Lists]:
+def _scan(run: Run, resident: list[HeldQueries], k: int, within: Within | None) -> tuple[Lists, Lists]:
     m, start = resident[0].size, resident[0].start
     n = len(run.train.rows)
     rows = max(*run.train.rows.sizes, min(n, run.settings.memory // 16 // (m * 8)))
-    high: Lists | None = None
-    low: Lists | None = None
+    strongest = Strongest(k, slice(start, start + m), within)
     with progress("top-k", n * len(resident), show=run.settings.progress) as bar:
         for tile in _train_tiles(run, rows):
             first, size = tile[0].start, sum(batch.size for batch in tile)
@@ -161,13 +215,5 @@ def _scan(run: Run, resident: list[HeldQueries], k: int, allowed: Tensor | None)
                     )
                     values[:, batch.start - first : batch.start - first + batch.size] += part.mT.cpu()
                     bar.advance(batch.size)
-            ids = torch.arange(first, first + size)
-            if allowed is None:
-                high, low = merge(high, values, ids, k), merge(low, -values, ids, k)
-            else:
-                out = ~allowed[start : start + m, first : first + size]
-                high = merge(high, values.masked_fill(out, -torch.inf), ids, k)
-                low = merge(low, (-values).masked_fill(out, -torch.inf), ids, k)
-    if high is None or low is None:
-        raise RuntimeError("no train rows were read")
-    return high, Lists(-low.values, low.ids)
+            strongest.add(values, torch.arange(first, first + size))
+    return strongest.lists()

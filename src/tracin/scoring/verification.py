@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from tracin.data import Batch, row_checksums, to_device
+from tracin.checksums import row_checksums
+from tracin.data import Batch, to_device
 from tracin.gradients.agreement import tolerance
 from tracin.gradients.check import checked_gradients, refuse_mixing, row_errors
 from tracin.progress import progress

@@ -128,7 +128,14 @@ class Task:
         )
 
 
-def row_losses(loss: Loss, model: nn.Module, value: Any, rows: Sequence[int], where: str) -> Tensor:
+def row_losses(
+    loss: Loss,
+    model: nn.Module,
+    value: Any,
+    rows: Sequence[int],
+    where: str,
+    mend: str = "leave the checkpoint out",
+) -> Tensor:
     """Run the user's loss and hold it to its contract: a differentiable vector [n], finite.
 
     Args:
@@ -137,6 +144,7 @@ def row_losses(loss: Loss, model: nn.Module, value: Any, rows: Sequence[int], wh
         value: The batch.
         rows: Positions of the batch's rows, for messages.
         where: Checkpoint and data source, for messages.
+        mend: What can be done about a loss that is not finite, for messages.
 
     Returns:
         The losses [n], with their graph.
@@ -181,6 +189,6 @@ def row_losses(loss: Loss, model: nn.Module, value: Any, rows: Sequence[int], wh
         at = int((~finite).nonzero()[0])
         row, value_text = rows[at], float(losses.detach()[at])
         raise NotFiniteError(
-            f"the loss of row {row} is {value_text} ({where}). Look at this row's input, or leave the checkpoint out."
+            f"the loss of row {row} is {value_text} ({where}). Look at this row's input, or {mend}."
         )
     return losses

@@ -201,10 +201,29 @@ def gradient_form(model: nn.Module, optimizer: torch.optim.Optimizer, rates: Ten
     return rates
 
 
+def total_movement(model: nn.Module, optimizer: torch.optim.Optimizer, gradient: float) -> Tensor:
+    """[p], how far a copy of the optimizer moves every number from here on: one step with this gradient, then many with none.
+
+    Weight decay is left out, which answers to the weights and not to the gradient.
+    """
+    twin = copy.deepcopy(model)
+    of = dict(zip(map(id, model.parameters()), twin.parameters(), strict=True))
+    groups = [{**group, "params": [of[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
+    again = torch.optim.SGD(groups, lr=0.1)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for group in again.param_groups:
+        group["weight_decay"] = 0.0
+    start = flat(twin)
+    for at in range(500):
+        for p in twin.parameters():
+            p.grad = torch.full_like(p, 0.0 if at else gradient)
+        again.step()
+    return start - flat(twin)
+
+
 def momentum_form(model: nn.Module, optimizer: torch.optim.Optimizer, rates: Tensor) -> Tensor:
-    return rates * per_parameter(
-        model, optimizer, lambda group, p: (1 - group["dampening"]) / (1 - group["momentum"])
-    )
+    """What a gradient of one moves in the end, beyond what the momentum moves without it; asked before the step."""
+    return total_movement(model, optimizer, 1.0) - total_movement(model, optimizer, 0.0)
 
 
 def adam_form(model: nn.Module, optimizer: torch.optim.Optimizer, rates: Tensor) -> Tensor:
@@ -246,13 +265,16 @@ def replay(
         raw = raw * ((moved * used).norm() / (moved * raw.sum(0)).norm())
         rates = per_parameter(model, optimizer, lambda group, p: group["lr"])
         held.update(raw=raw, rates=rates, w=flat(model), q=query_gradients(state, queries))
+        if own_form is momentum_form:
+            held["factors"] = momentum_form(model, optimizer, rates)
 
     def after(at: int, optimizer: torch.optim.Optimizer) -> None:
         losses.append(query_losses(model, queries))
         entered.append(copy.deepcopy(model))
         if at % every:
             return
-        factors = own_form(model, optimizer, held["rates"])
+        factors = held.pop("factors", None)
+        factors = own_form(model, optimizer, held["rates"]) if factors is None else factors
         shares = torch.stack([held["q"] @ (factors * row) for row in held["raw"]])  # [b, q]
         own = shares.sum(0)
         change = losses[-2] - losses[-1]

@@ -34,7 +34,8 @@ from methods.online.common import (
     two_groups,
 )
 from methods.online.test_models import ConvNet, Recurrent, build
-from tracin.errors import ResultError
+from tracin.errors import IncompleteLedgerWarning, ResultError
+from tracin.methods.online.records import read_ledger
 
 PICTURES = (2, 4, 4)
 
@@ -171,6 +172,56 @@ def test_a_damaged_or_foreign_file_is_named(tmp_path: Path) -> None:
     optimizer.step()  # a refused ledger does not listen
 
 
+def test_a_flipped_byte_is_refused_wherever_it_is(tmp_path: Path) -> None:
+    model, queries = net(), rows(Q, 2)
+    task, path = tracin.Task(model, tracin.losses.cross_entropy), tmp_path / "ledger.safetensors"
+    Loop(sgd()).run(model, rows(N, 1), ledger(model, queries)).save(path)
+    whole = path.read_bytes()
+    seen = whole.index(b'seen\\": 6') + len(b'seen\\": ')
+    for at in [seen, *range(0, len(whole), 37), len(whole) - 1]:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(ResultError, match=r"ledger\.safetensors"):
+            read_ledger(path)
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(
+        ResultError, match=r"is damaged: its numbers are not those that were saved. Save the ledger"
+    ):
+        tracin.OnlineTracIn.load(path, task, sgd()(model), queries)
+
+
+class Words(nn.Module):
+    """Reads lists of words, which hold no tensor to tell them by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, words: list[str]) -> Tensor:
+        return self.net(torch.stack([rows(1, len(word))[0][0] for word in words]))
+
+
+def first_class(model: nn.Module, words: Any) -> Tensor:
+    return model([str(word) for word in words]).logsumexp(1)
+
+
+def test_queries_that_cannot_be_told_apart_warn(tmp_path: Path) -> None:
+    model, path = Words(), tmp_path / "ledger.safetensors"
+    task = tracin.Task(model, first_class)
+    words, others = ["a", "bcd", "ef"], torch.arange(3)
+
+    def load(queries: Any) -> Any:
+        return tracin.OnlineTracIn.load(path, task, sgd()(model), queries, collate=collate)
+
+    def collate(found: list) -> Any:
+        return found if isinstance(found[0], str) else torch.stack(found)
+
+    tracin.OnlineTracIn(task, sgd()(model), words, N, collate=collate).save(path)
+    with pytest.warns(UserWarning, match="3 of 3 queries hold no tensor with a row per example"):
+        load(["x", "yz", "abc"])
+    with pytest.raises(tracin.errors.DataError, match="other queries"):
+        load(list(others))
+
+
 @pytest.mark.parametrize("case", ["plain", "batch norm"])
 def test_complete_in_float32(case: str) -> None:
     shape, make = ((4,), net) if case == "plain" else (PICTURES, lambda: build(ConvNet))
@@ -229,7 +280,9 @@ def test_weights_changed_between_steps_are_seen() -> None:
             terms[:, row] += 0.3 * g @ term
 
     loop.run(twin, data, before=read, after=shrink(twin))
-    online = loop.run(model, data, ledger(model, queries), after=shrink(model))
+    with pytest.warns(IncompleteLedgerWarning, match=r"0\.weight changed between two steps") as told:
+        online = loop.run(model, data, ledger(model, queries), after=shrink(model))
+    assert len(told) == 1
     oracle.assert_close(online.scores().values, terms, 1e-10)
 
 

@@ -272,7 +272,11 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "every": ({"every": 0}, "every is 0"),
     "every true": ({"every": True}, "every is True"),
     "n_train": ({"n": 0}, "n_train is 0"),
-    "memory": ({"memory": 100}, "4 queries take more than memory"),
+    "tables": (
+        {"memory": 831},
+        r"tables of 13 train rows × 4 queries take 832 bytes, and memory= allows 831\.",
+    ),
+    "gradients": ({"memory": 900}, r"4 queries take more than the 68 bytes that memory= leaves"),
 }
 
 
@@ -301,6 +305,16 @@ def test_rows_that_mix_are_refused_and_model_keeps_its_mode() -> None:
     with pytest.raises(ModelError, match="without running statistics"):
         ledger(model, rows(Q, 2))(sgd()(model))
     assert model[1].training
+
+
+def test_a_collate_that_sorts_queries_is_refused() -> None:
+    def by_size(found: list) -> Any:
+        found = sorted(found, key=lambda row: float(row[0].sum()))
+        return torch.stack([x for x, _ in found]), torch.stack([y for _, y in found])
+
+    model = net()
+    with pytest.raises(DataError, match="queries: the collate function does not keep the rows of a batch"):
+        ledger(model, list(zip(*rows(Q, 2), strict=True)), collate=by_size)(sgd()(model))
 
 
 def test_an_infinite_gradient_is_named() -> None:

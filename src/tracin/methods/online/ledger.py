@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import platform
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,13 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tracin.data import same_checksums
+from tracin.checksums import same_checksums
+from tracin.data import open_rows
 from tracin.errors import DataError, LoopError, OptionError, ResultError
 from tracin.methods.online.queries import Asked, Queries
 from tracin.methods.online.records import Book, StepReport, read_ledger, write_ledger
 from tracin.methods.online.step import OpenStep, row_ids
 from tracin.methods.online.updates import Update, require_optimizer
+from tracin.methods.online.watch import listen, refuse_other_parameters, tell_change
+from tracin.methods.provenance import versions
 from tracin.methods.settings import require_task
+from tracin.options import whole_number
 from tracin.results import Scores
 from tracin.scoring.run import parse_memory
 from tracin.tasks import Task
@@ -40,8 +43,8 @@ class OnlineTracIn:
         f_{i} + \frac{1}{b} \left( L(w_t, z') - L(w_{t+1}, z') - \sum_j f_j \right) \qquad \text{(ideal)}
 
     are added to the entry of row i. The ideal scores of a query sum to :math:`L(w_0, z') - L(w_T, z')` when every step is
-    recorded; with one row per step they are TracInIdeal. Positive: a proponent, training on the row lowered the loss
-    (Pruthi et al. 2020, arXiv 2002.08484, §3.1 and §3.2).
+    recorded and nothing else changes the model; with one row per step they are TracInIdeal. Positive: a proponent, training
+    on the row lowered the loss (Pruthi et al. 2020, arXiv 2002.08484, §3.1 and §3.2).
 
     :math:`g_i` is read from the backward passes that training runs anyway, in its own mode: dropout masks and batch
     statistics are those of training. Queries run in eval mode on the state in which the step began. Training is
@@ -55,18 +58,21 @@ class OnlineTracIn:
         n_train: Rows of the training set.
         every: Record one step of this many. Scores are then sums over the recorded steps.
         update: ``"gradient"``: :math:`\eta_t g`. ``"momentum"``: :math:`\eta_t \frac{1-\tau}{1-\mu} g`, what g will have
-            moved in the end (dampening τ). ``"adam"``: :math:`\eta_t \frac{1-\beta_1}{1-\beta_1^t} g / (\sqrt{\hat v} +
-            \epsilon)`. What a step did besides is in ``report().carried``.
+            moved in the end (dampening τ, which SGD leaves out of a parameter's first step). ``"adam"``:
+            :math:`\eta_t \frac{1-\beta_1}{1-\beta_1^t} g / (\sqrt{\hat v} + \epsilon)`. What a step did besides is in
+            ``report().carried``.
         batch_size: Queries per batch, where the data does not batch itself.
         collate: Makes a batch of a list of a dataset's query rows.
-        memory: Bound on the queries' gradients, which are held during a step.
+        memory: Bound on the ledger's two tables, 16 bytes for each row and query, and the queries' gradients, which are
+            held during a step.
 
     Raises:
-        OptionError: An argument of another type, or ``update`` describes another optimizer.
+        OptionError: An argument of another type, ``update`` describes another optimizer, or the tables exceed ``memory``.
         ModelError: A parameter cannot be followed from inside the model.
 
     Warns:
         AdaptiveOptimizerWarning: ``update="gradient"`` with an optimizer other than SGD.
+        IncompleteLedgerWarning: With every step recorded, the queries' losses changed between two of them.
 
     Example:
         >>> import tracin
@@ -100,29 +106,20 @@ class OnlineTracIn:
         memory: str | int = "2GiB",
     ) -> None:
         self._task = require_task(task, "OnlineTracIn")
-        for name, value in (("n_train", n_train), ("every", every)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise OptionError(f"OnlineTracIn: {name} is {value!r}. Give a whole number, at least 1.")
+        self.n_train = whole_number(n_train, "OnlineTracIn: n_train", 1)
+        self.every, self.update = whole_number(every, "OnlineTracIn: every", 1), str(update)
         selection = task.select()
         self._traced = selection.traced
         self._optimizer = require_optimizer(optimizer, update, self._traced)
-        self.n_train, self.every, self.update = n_train, every, str(update)
-        self._queries = Queries(
-            task,
-            selection,
-            queries,
-            batch_size=batch_size,
-            collate=collate,
-            memory=parse_memory(memory),
-        )
-        self._book = Book(n_train, len(self._queries))
+        rows = open_rows(queries, name="queries", batch_size=batch_size, collate=collate)
+        allowed = parse_memory(memory)
+        self._book = Book(self.n_train, len(rows), allowed)
+        self._queries = Queries(task, selection, rows, memory=allowed - self._book.nbytes)
         self._seen = 0
         self._next: Asked | None = None
         self._open: OpenStep | None = None
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._told, self._last = False, None
+        self._handles = listen(self, optimizer)
 
     @property
     def steps(self) -> int:
@@ -153,7 +150,7 @@ class OnlineTracIn:
                 "OnlineTracIn.step: a step is open already. One with block holds all micro-batches of a step."
             )
         rows = row_ids(ids, self.n_train)
-        opened = OpenStep(self._seen, rows, self._traced, self._queries, self._optimizer)
+        opened = OpenStep(self._seen, rows, self._task, self._traced, self._queries, self._optimizer)
         asked = self._asked(len(rows)) if self._seen % self.every == 0 else None
         self._open = opened
         try:
@@ -206,10 +203,12 @@ class OnlineTracIn:
         """
         if self._open is not None:
             raise LoopError("OnlineTracIn.save: a step is open. Save after the with block.")
+        numbers, known = self._queries.checksums()
         tensors = {
             "first_order": self._book.first_order,
             "ideal": self._book.ideal,
-            "queries": self._queries.checksums(),
+            "queries": numbers,
+            "checked": known,
             **vars(self.report()),
         }
         write_ledger(
@@ -245,7 +244,7 @@ class OnlineTracIn:
             queries: The same queries.
             batch_size: Queries per batch.
             collate: Makes a batch of a list of a dataset's query rows.
-            memory: Bound on the queries' gradients.
+            memory: Bound on the ledger's tables and the queries' gradients.
 
         Returns:
             The ledger.
@@ -253,6 +252,9 @@ class OnlineTracIn:
         Raises:
             ResultError: The file is damaged, or of other parameters.
             DataError: The queries are others.
+
+        Warns:
+            UserWarning: The queries hold no tensor with a row per example, so that others of the same number would pass.
         """
         tensors, settings = read_ledger(path)
         online = cls(
@@ -279,10 +281,18 @@ class OnlineTracIn:
                 f"{path} traced {len(settings['parameters'])} parameters ({', '.join(settings['parameters'][:3])}, …), and "
                 "they are not this task's."
             )
-        mine, theirs = self._queries.checksums(), tensors["queries"]
-        if mine.shape != theirs.shape or not bool(same_checksums(mine, theirs).all()):
+        (mine, known), theirs = self._queries.checksums(), tensors["queries"]
+        same = mine.shape == theirs.shape and torch.equal(known, tensors["checked"])
+        if not same or not bool(same_checksums(mine, theirs).all()):
             raise DataError(
                 f"{path} was kept for other queries ({len(theirs)} of them). Give the same rows, in the same order."
+            )
+        if not bool(known.all()):
+            warnings.warn(
+                f"{path}: {int((~known).sum())} of {len(known)} queries hold no tensor with a row per example, so it cannot be "
+                "checked that they are those of the ledger. Make sure of it, or let their batches hold such a tensor.",
+                UserWarning,
+                stacklevel=3,
             )
         self._book.restore(path, tensors)
         self._seen = int(settings["seen"])
@@ -304,16 +314,21 @@ class OnlineTracIn:
 
     def _asked(self, rows: int) -> Asked:
         """The queries at the present weights: from the end of the step before, if nothing changed since."""
+        refuse_other_parameters(self._task, self._traced, self._optimizer)
         if self._next is not None and self._next.state == self._queries.state():
             return self._next
-        return self._queries.gradients(rows)
+        self._next = None
+        asked = self._queries.gradients(rows)
+        if self._last is not None and self.every == 1 and not self._told:
+            self._told = tell_change(self._task.model, *self._last, asked.losses, asked.state)
+        return asked
 
     def _before_step(self, _: Any, args: Any, kwargs: Any) -> None:
         opened = self._open
         if opened is None:
             raise LoopError(
                 "optimizer.step() outside of online.step(ids): the ledger does not know which rows it was for. Put the step into "
-                "the with block, or call online.close() when the ledger is done."
+                "the with block (each ledger of an optimizer has its own), or call online.close() when the ledger is done."
             )
         opened.depth += 1
         if opened.depth == 1:  # deeper: a subclass whose step calls its parent's
@@ -342,6 +357,7 @@ class OnlineTracIn:
             return self._queries.losses()
         self._next = None
         self._next = self._queries.gradients(rows)
+        self._last = (self._next.losses, self._next.state)
         return self._next.losses
 
     def _provenance(self, kind: str) -> dict[str, Any]:
@@ -362,9 +378,5 @@ class OnlineTracIn:
             "recorded": len(self._book),
             "scale": "sum over recorded steps of each row's share of the fall of the query's loss",
             "routes": {name: self._queries.training.route(name) for name in self._traced},
-            "versions": {
-                "tracin": version("tracin"),
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions(),
         }

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tracin.data import Batch, open_rows, row_checksums, to_device
+from tracin.checksums import Passes, row_checksums
+from tracin.data import Batch, RowSource, to_device
 from tracin.errors import LossError, ModelError, OptionError, UserCodeError
 from tracin.gradients.blocks import Block, Dense, Outer, Rows, Sum
-from tracin.gradients.capture import recording
 from tracin.gradients.check import checked_gradients
 from tracin.gradients.engine import Keys, Source
 from tracin.gradients.products import concatenate, held
 from tracin.gradients.sites import LossModule, Wiring
 from tracin.gradients.wiring import wire
+from tracin.methods.online.order import RowOrder
+from tracin.methods.online.tape import paused
 from tracin.scoring.guard import guarded
 from tracin.tasks import Selection, Task
 
 # One call for all tensors; the public function of it gives their common norm alone.
 _norms = getattr(torch, "_foreach_norm")  # noqa: B009
 
-__all__ = ["Asked", "Queries", "along", "flat", "scaled", "versions"]
+__all__ = ["MEND", "Asked", "Queries", "along", "flat", "scaled", "versions"]
 
 Blocks = dict[tuple[str, ...], Block]
+
+# What can be done about a gradient that is not finite.
+MEND = "lower the learning rate"
 
 
 @dataclass(frozen=True)
@@ -45,12 +51,11 @@ class Queries:
     Args:
         task: Model and losses.
         selection: The traced parameters.
-        data: Query rows.
-        batch_size: Queries per batch.
-        collate: Makes a batch of a list of a dataset's rows.
-        memory: Bound on the gradients held, in bytes.
+        rows: Query rows.
+        memory: Bytes that the gradients held may take.
 
     Raises:
+        DataError: The collate function reorders rows, or a row changes when it is read again.
         OptionError: The gradients do not fit into ``memory``.
         ModelError: A parameter cannot be followed from inside the model.
     """
@@ -59,39 +64,43 @@ class Queries:
         self,
         task: Task,
         selection: Selection,
-        data: Any,
+        rows: RowSource,
         *,
-        batch_size: int,
-        collate: Callable[[list], Any] | None,
         memory: int,
     ) -> None:
         self.model, self.traced, self._memory = task.model, selection.traced, memory
         self.device = next(iter(self.traced.values())).device
-        rows = open_rows(data, name="queries", batch_size=batch_size, collate=collate)
-        self.batches = [
-            Batch(batch.rows, to_device(batch.value, self.device, copy=True)) for batch in rows.batches()
-        ]
+        self.batches: list[Batch] = []
+        passes = Passes()
+        for batch in rows.batches():
+            passes.check(rows, batch)
+            self.batches.append(Batch(batch.rows, to_device(batch.value, self.device, copy=True)))
         loss = task.query_loss or task.loss
-        self._source = Source(LossModule(task.model, loss), loss, rows, self.device, "queries")
+        self._source = Source(LossModule(task.model, loss), loss, rows, self.device, "queries", mend=MEND)
         self._first = True
         with self.guarded():
             self._source.found = self._wire(self._source)
-            self.training, self.calls_per_pass = self._training_routes(task)
+            self.training, self.order = self._training_routes(task)
         self._refuse_unreachable()
         self.keys = Keys.of(self.training, self._source.wiring)
 
     def __len__(self) -> int:
         return sum(batch.size for batch in self.batches)
 
-    def checksums(self) -> Tensor:
-        """One number per query, float64 [q]: the same queries have the same numbers."""
-        parts = [row_checksums(batch, double=True) for batch in self.batches]
-        return torch.cat(
-            [
-                torch.zeros(batch.size, dtype=torch.float64) if part is None else part
-                for part, batch in zip(parts, self.batches, strict=True)
-            ]
-        )
+    def checksums(self) -> tuple[Tensor, Tensor]:
+        """One number per query, the same for the same query.
+
+        Returns:
+            The numbers, float64 [q], and which queries have one, bool [q]: where no tensor has a row per example there is none.
+        """
+        numbers = torch.zeros(len(self), dtype=torch.float64)
+        known = torch.zeros(len(self), dtype=torch.bool)
+        for batch in self.batches:
+            found = row_checksums(batch, double=True)
+            if found is not None:
+                rows = slice(batch.start, batch.start + batch.size)
+                numbers[rows], known[rows] = found, True
+        return numbers, known
 
     def state(self) -> tuple[Any, ...]:
         """What changes when a parameter or buffer does: places and versions, those of parameters first, and norms."""
@@ -127,8 +136,9 @@ class Queries:
                 used += sum(block.nbytes for block in blocks.values())
                 if used > self._memory:
                     raise OptionError(
-                        f"OnlineTracIn: the gradients of {len(self)} queries take more than memory={self._memory / 2**30:.3g} "
-                        "GiB. Give fewer queries, trace fewer parameters (Task(parameters=...)), or raise memory."
+                        f"OnlineTracIn: the gradients of {len(self)} queries take more than the {self._memory:,} bytes that "
+                        "memory= leaves beside the ledger's tables. Give fewer queries, trace fewer parameters "
+                        "(Task(parameters=...)), or raise memory."
                     )
         self._first = False
         return Asked(torch.cat(losses).double().cpu(), _joined(parts, self.batches), state)
@@ -149,7 +159,7 @@ class Queries:
         Yields:
             Nothing.
         """
-        with guarded(self.model, self.device):
+        with paused(), guarded(self.model, self.device):
             self._source.root.eval()
             yield
 
@@ -158,10 +168,10 @@ class Queries:
         rows = sorted({0, n // 2, n - 1})
         return wire(source.root, self.traced, source.run, source.take, rows, inside=inside)
 
-    def _training_routes(self, task: Task) -> tuple[Wiring, int]:
-        """Routes that lie inside the model, and how often one evaluation of the loss calls the model."""
+    def _training_routes(self, task: Task) -> tuple[Wiring, RowOrder]:
+        """Routes that lie inside the model, and what its calls do with the rows."""
         source = Source(
-            LossModule(task.model, task.loss), task.loss, self._source.rows, self.device, "queries"
+            LossModule(task.model, task.loss), task.loss, self._source.rows, self.device, "queries", mend=MEND
         )
         try:
             wiring = self._wire(source, inside=True)
@@ -171,10 +181,9 @@ class Queries:
             # The training loss cannot read the queries; the model's own layout is the same under the query loss.
             source = self._source
             wiring = self._wire(source, inside=True)
-        with recording({"": task.model}) as tape:
-            first = [int(row) for row in self.batches[0].rows]
-            source.run(source.take(first), first)
-        return wiring, len(tape.calls.get("", []))
+        rows = [int(row) for row in self.batches[0].rows]
+        run = partial(_run, source)
+        return wiring, RowOrder.seen(task.model, wiring.sites(), wiring.plain_rows, run, rows)
 
     def _refuse_unreachable(self) -> None:
         for name in self.training.by_row:
@@ -187,6 +196,10 @@ class Queries:
                 raise ModelError(
                     f"{name} is used by the query loss and not by the training loss on these queries: its shares cannot be read."
                 )
+
+
+def _run(source: Source, rows: list[int]) -> Tensor:
+    return source.run(source.take(rows), rows)
 
 
 def versions(tensors: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:

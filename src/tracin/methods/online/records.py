@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tracin.errors import ResultError
-from tracin.files import read_tensors, write_tensors
+from tracin.errors import OptionError, ResultError
+from tracin.results import saving
 from tracin.shapes import Float, Int
 
 __all__ = ["Book", "StepReport", "read_ledger", "write_ledger"]
 
-HEADER, FORMAT, VERSION = "tracin", "tracin.online", 1
+FORM = saving.Form("tracin.online", 2, "ledger", sealed=True)
 LINES = ("steps", "factors", "own", "carried", "change")
-TENSORS = ("first_order", "ideal", "queries", *LINES)
+TENSORS = ("first_order", "ideal", "queries", "checked", *LINES)
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,7 @@ def write_ledger(path: str | Path, tensors: Mapping[str, Tensor], settings: Mapp
         tensors: ``TENSORS`` by name.
         settings: What else the ledger is, as JSON would hold it.
     """
-    content = {"format": FORMAT, "version": VERSION, **settings}
-    write_tensors(path, tensors, {HEADER: json.dumps(content)}, error=ResultError)
+    saving.write_content(path, tensors, settings, FORM)
 
 
 def read_ledger(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -71,21 +69,8 @@ def read_ledger(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         ResultError: The file is damaged, or no ledger.
     """
-    tensors, header = read_tensors(path, error=ResultError)
-    try:
-        content = json.loads(header.get(HEADER, "null"))
-    except ValueError as cause:
-        raise ResultError(f"{path} has a damaged header ({cause}): save the ledger again.") from cause
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ResultError(f"{path} is no saved ledger: give a file that OnlineTracIn.save wrote.")
-    if content.get("version") != VERSION:
-        raise ResultError(
-            f"{path} is of format {content.get('version')}, and this tracin reads {VERSION}: upgrade it."
-        )
-    if sorted(tensors) != sorted(TENSORS):
-        raise ResultError(
-            f"{path} holds the tensors {sorted(tensors)}, not {sorted(TENSORS)}: save it again."
-        )
+    tensors, content = saving.read_content(path, FORM, "OnlineTracIn")
+    saving.check_tensors(path, FORM, tensors, content, TENSORS)
     return {name: tensor.clone() for name, tensor in tensors.items()}, content
 
 
@@ -95,9 +80,19 @@ class Book:
     Args:
         n: Training rows.
         q: Queries.
+        memory: Bytes that the tables may take.
+
+    Raises:
+        OptionError: They take more.
     """
 
-    def __init__(self, n: int, q: int) -> None:
+    def __init__(self, n: int, q: int, memory: int) -> None:
+        self.nbytes = 2 * 8 * n * q
+        if self.nbytes > memory:
+            raise OptionError(
+                f"OnlineTracIn: the two float64 tables of {n} train rows × {q} queries take {self.nbytes:,} bytes, and memory= "
+                f"allows {memory:,}. Give fewer queries, or raise memory."
+            )
         self.first_order = torch.zeros(n, q, dtype=torch.float64)
         self.ideal = torch.zeros(n, q, dtype=torch.float64)
         self._lines: dict[str, list[Any]] = {name: [] for name in LINES}

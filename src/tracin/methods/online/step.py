@@ -13,10 +13,12 @@ from tracin.data import Batch
 from tracin.errors import DataError, LoopError, NotFiniteError
 from tracin.gradients.agreement import accumulation_dtype
 from tracin.gradients.engine import name_not_finite
-from tracin.methods.online.queries import Asked, Queries, along, flat, scaled, versions
+from tracin.methods.online.queries import MEND, Asked, Queries, along, flat, scaled, versions
 from tracin.methods.online.shares import Captured, captured, common_factor, row_products
 from tracin.methods.online.tape import StepTape
 from tracin.methods.online.updates import GroupStep, group_steps, is_plain, own_factors
+from tracin.methods.online.watch import refuse_other_parameters
+from tracin.tasks import Task
 
 __all__ = ["OpenStep", "row_ids"]
 
@@ -27,6 +29,7 @@ class OpenStep:
 
     number: int
     ids: Tensor
+    task: Task
     traced: Mapping[str, nn.Parameter]
     queries: Queries
     optimizer: torch.optim.Optimizer
@@ -48,9 +51,7 @@ class OpenStep:
         """
         queries = self.queries
         self.asked = asked
-        self.tape = StepTape(
-            queries.model, self.traced, queries.training, queries.keys, queries.calls_per_pass
-        )
+        self.tape = StepTape(queries.model, self.traced, queries.training, queries.keys, queries.order)
         self.tape.open()
 
     def close(self) -> None:
@@ -84,6 +85,7 @@ class OpenStep:
     def _read(self, tape: StepTape, asked: Asked) -> None:
         """Everything that must be known before the parameters move."""
         tape.close()
+        refuse_other_parameters(self.task, self.traced, self.optimizer)
         model, segments = self.queries.model, tape.segments()
         if not segments:
             what = "backward pass reached" if tape.calls else "differentiable forward pass ran through"
@@ -103,7 +105,10 @@ class OpenStep:
                 "order in which the rows went through the model."
             )
         if asked.state[0] != versions(list(model.parameters())):
-            raise LoopError("a parameter was changed inside the with block before optimizer.step().")
+            raise LoopError(
+                "a parameter was changed inside the with block before optimizer.step(), perhaps by another optimizer. Put all "
+                "parameters into one optimizer's groups."
+            )
         try:
             self.factor = common_factor(self.found, self.traced, tape.dtype)
         except NotFiniteError:
@@ -127,6 +132,7 @@ class OpenStep:
         if self.found is None or self.asked is None:
             return None
         factors = own_factors(self.optimizer, update, self.settings)
+        _refuse_infinite(factors, self.number)
         sizes = {name: parameter.numel() for name, parameter in self.traced.items()}
         weighted = {
             names: scaled(block, {name: sizes[name] for name in names}, factors)
@@ -148,7 +154,7 @@ class OpenStep:
         return shares, moved - own
 
     def _refuse(self, found: Captured, asked: Asked, shares: Tensor) -> None:
-        name_not_finite(asked.blocks, Batch(range(len(asked.losses)), None), "queries")
+        name_not_finite(asked.blocks, Batch(range(len(asked.losses)), None), "queries", MEND)
         self._name_row(found)
         row = int(self.ids[int((~torch.isfinite(shares)).any(1).nonzero()[0])])
         raise NotFiniteError(
@@ -163,7 +169,7 @@ class OpenStep:
             start += len(rows)
             for names, blocks in segment.blocks.items():
                 for block in blocks:
-                    name_not_finite({names: block}, Batch(rows, None), f"train, step {self.number}")
+                    name_not_finite({names: block}, Batch(rows, None), f"train, step {self.number}", MEND)
 
     def check_taken(self) -> None:
         """Refuse a block that took no step, unless a gradient scaler skipped it: then a gradient is not finite.
@@ -177,6 +183,15 @@ class OpenStep:
         if all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in parameters):
             raise LoopError(
                 "the with block ended without optimizer.step(). Take the step inside, after forward and backward."
+            )
+
+
+def _refuse_infinite(factors: Mapping[str, float | Tensor], number: int) -> None:
+    for name, factor in factors.items():
+        if not bool(torch.isfinite(torch.as_tensor(factor)).all()):
+            raise NotFiniteError(
+                f"the step of {name} divides by √v̂ + ε, which is 0 or not finite where its gradients were (step {number}). "
+                "Give Adam an eps above 0, and look for gradients that are not finite."
             )
 
 

@@ -11,17 +11,17 @@ Under batch statistics a normalised input x̂ mixes the rows; the share of row i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd as _Dropout
 from torch.utils import _pytree as pytree
 
 from tracin.errors import LoopError
@@ -31,11 +31,13 @@ from tracin.gradients.blocks import Block, Dense
 from tracin.gradients.capture import Call, Tape, recording, tensors
 from tracin.gradients.engine import Keys
 from tracin.gradients.graph import walk
-from tracin.gradients.layout import Layout, to_rows
+from tracin.gradients.layout import Layout
 from tracin.gradients.local import CallLayout
-from tracin.gradients.sites import LocalSite, RuleSite, Wiring, local_estimates, rule_blocks
+from tracin.gradients.sites import LocalSite, Wiring, local_estimates, rule_blocks
+from tracin.methods.online.order import Place, RowOrder, output_place
+from tracin.methods.online.training_mode import batch_statistics, refuse_inner_randomness
 
-__all__ = ["Segment", "StepTape"]
+__all__ = ["Segment", "StepTape", "paused"]
 
 
 @dataclass
@@ -55,7 +57,9 @@ class Segment:
     """One micro-batch: its calls by site, its rows once they are known, and their gradients."""
 
     uses: dict[str, list[_Use]] = field(default_factory=dict)
+    places: list[Place] = field(default_factory=list)
     rows: int | None = None
+    checked: bool = False
     blocks: dict[tuple[str, ...], list[Block]] = field(default_factory=dict)
 
     @property
@@ -76,7 +80,7 @@ class StepTape:
         traced: Its traced parameters.
         wiring: Routes inside the model.
         keys: Which parameters share a block.
-        calls_per_pass: Calls of the model in one evaluation of the loss; 0 where the loss calls its parts.
+        order: What the queries showed of the model's calls and rows.
     """
 
     def __init__(
@@ -85,17 +89,20 @@ class StepTape:
         traced: Mapping[str, nn.Parameter],
         wiring: Wiring,
         keys: Keys,
-        calls_per_pass: int,
+        order: RowOrder,
     ) -> None:
         self._model, self._traced, self._wiring, self._keys = model, traced, wiring, keys
-        self._calls_per_pass = calls_per_pass
+        self._order = order
         self._stack = ExitStack()
         self._tape = Tape()
         self._segments: list[Segment] = []
+        self._looking = False  # a pass of our own runs through the hooks
         self.dtype = coarsest(p.dtype for p in traced.values())
 
     def open(self) -> None:
         """Put the hooks on."""
+        _OPEN.add(self)
+        self._stack.callback(_OPEN.discard, self)
         sites = {**({"": self._model} if self._watches_model else {}), **self._wiring.sites()}
         self._tape = self._stack.enter_context(recording(sites, frozenset(self._wiring.locals)))
         for site, module in sites.items():
@@ -108,7 +115,7 @@ class StepTape:
 
     @property
     def _watches_model(self) -> bool:
-        return bool(self._calls_per_pass or self._wiring.shared)
+        return bool(self._order.calls or self._wiring.shared)
 
     @property
     def calls(self) -> int:
@@ -131,18 +138,20 @@ class StepTape:
         use = _Use(site, before, segment, module.training, [None] * len(call.edges))
         segment.uses.setdefault(site, []).append(use)
         if site in self._wiring.locals:
-            _refuse_inner_randomness(self._wiring.locals[site])
+            refuse_inner_randomness(self._wiring.locals[site])
         if site in self._wiring.rules or site in self._wiring.locals:
             for number, edge in enumerate(call.edges):
                 hook = partial(self._read, use, number, edge.output_nr)
                 self._stack.callback(edge.node.register_prehook(hook).remove)
         if site == "" and self._wiring.shared:
             self._watch_shared(segment, output)
+        if site == "" and self._order.calls:
+            self._check_order(segment, call.edges)
 
     def _segment_of(self, site: str, before: int) -> Segment | None:
-        if self._calls_per_pass:
+        if self._order.calls:
             done = len(self._tape.calls.get("", [])) - (site == "")
-            index = done // self._calls_per_pass
+            index = done // self._order.calls
         else:
             layouts = self._layouts(site)
             if not layouts:
@@ -156,10 +165,39 @@ class StepTape:
         found = self._wiring.rules.get(site) or self._wiring.locals.get(site)
         return found.layouts if found is not None else ()
 
+    def _check_order(self, segment: Segment, outputs: tuple[GradientEdge, ...]) -> None:
+        """Refuse a pass that moves rows, while the graph holds its tensors."""
+        at = len(segment.uses.get("", [])) - 1 if outputs else 0
+        made = [
+            (site, use, self._tape.calls[site][use.at])
+            for site in self._wiring.sites()
+            for use in segment.uses.get(site, [])
+        ]
+        graph = self._order.doubtful(at, outputs or [edge for _, _, call in made for edge in call.edges])
+        if graph is None:
+            return
+        n = self._count(segment)
+        layers = [
+            Place(site, edge, layout)
+            for site, use, call in made
+            for edge, layout in zip(call.edges, self._layout(use, call, n).outputs, strict=True)
+        ]
+        known = self._order.layouts(at, len(outputs))
+        found = [output_place(edge, layout, n) for edge, layout in zip(outputs, known, strict=True)]
+        starts = [place for place in found if place is not None] if outputs else layers
+        self._looking = True
+        try:
+            self._order.verify(graph, starts, [*layers, *segment.places], n, self.dtype)
+        finally:
+            self._looking = False
+
     def _read(self, use: _Use, number: int, output: int, gradients: Any) -> None:
         delta = gradients[output]
-        if delta is None or self._tape.closed:
+        if delta is None or self._tape.closed or self._looking:
             return
+        if not self._order.calls and not use.segment.checked:
+            use.segment.checked = True
+            self._check_order(use.segment, ())
         delta = delta.detach()
         self.dtype = coarsest([self.dtype, delta.dtype])
         call = self._tape.calls[use.site][use.at]
@@ -181,7 +219,7 @@ class StepTape:
         layout = self._layout(use, call, n)
         norm = site.module
         if isinstance(norm, _BatchNorm) and (use.training or norm.running_mean is None):
-            found = _batch_statistics(site, call, layout, delta, n)
+            found = batch_statistics(site, call, layout, delta, n)
         else:
             found = rule_blocks(site, call, layout, delta, n, self._keys.groups(site))
         for names, block in found.items():
@@ -191,24 +229,36 @@ class StepTape:
         self._tape.calls[use.site][use.at] = replace(call, args=(), kwargs={}, versions=())
 
     def _rows_of(self, segment: Segment) -> int:
-        """Rows of a micro-batch, from the first call whose rows stand one by one on an axis."""
+        """Rows of a micro-batch, which a backward pass has reached."""
         if segment.rows is None:
-            found = [
-                (call.shapes[number][layout.axis], layout.per_row)
-                for site, uses in segment.uses.items()
-                for use in uses
-                for call in [self._tape.calls[site][use.at]]
-                for number, layout in enumerate(self._probed(use).outputs if self._layouts(site) else ())
-                if number < len(call.shapes) and layout.axis < len(call.shapes[number])
-            ]
-            whole = {size for size, per_row in found if per_row == 1}
-            if len(whole) > 1:
-                raise LoopError(
-                    f"the layers of one forward pass saw {sorted(whole)} rows: the model drops or repeats rows in training, so "
-                    "they cannot be matched with ids."
-                )
-            segment.rows = whole.pop() if whole else found[0][0] // found[0][1]
+            segment.rows = self._count(segment)
         return segment.rows
+
+    def _count(self, segment: Segment) -> int:
+        """Rows of a micro-batch, from the calls whose rows stand one by one on an axis."""
+        found = [
+            (call.shapes[number][layout.axis], layout.per_row)
+            for site, uses in segment.uses.items()
+            for at, use in enumerate(uses)
+            for call in [self._tape.calls[site][use.at]]
+            for number, layout in enumerate(self._outputs(use, at, len(call.shapes)))
+            if layout is not None and number < len(call.shapes) and layout.axis < len(call.shapes[number])
+        ]
+        whole = {size for size, per_row in found if per_row == 1}
+        if len(whole) > 1:
+            raise LoopError(
+                f"the layers of one forward pass saw {sorted(whole)} rows: the model drops or repeats rows in training, so "
+                "they cannot be matched with ids."
+            )
+        if not found:
+            raise LoopError("no layer and no output of the model has an axis for the rows in training.")
+        return whole.pop() if whole else found[0][0] // found[0][1]
+
+    def _outputs(self, use: _Use, at: int, count: int) -> tuple[Layout | None, ...]:
+        """The layouts of a call's outputs; those of the model itself where no layer inside it is recorded."""
+        if self._layouts(use.site):
+            return self._probed(use).outputs
+        return self._order.layouts(at, count) if not self._wiring.sites() else ()
 
     def _probed(self, use: _Use) -> CallLayout:
         """The layout that the probe found for this call."""
@@ -244,7 +294,7 @@ class StepTape:
         """Find where shared parameters meet the rows, while the graph holds its tensors, and read δ there."""
         edges = self._tape.calls[""][-1].edges
         graph = walk(_first(output), {name: self._traced[name] for name in self._wiring.shared})
-        n = self._rows_of(segment)
+        n = self._count(segment)
         for name, site in self._wiring.shared.items():
             places = shared.meetings(site, graph, n)
             if places is None or not edges:
@@ -253,6 +303,7 @@ class StepTape:
                     "Leave it out with Task(parameters=...)."
                 )
             for place in places:
+                segment.places.append(Place(name, place.edge, place.layout))
                 hook = partial(self._read_shared, segment, name, graph.leaves[name], place)
                 self._stack.callback(place.edge.node.register_prehook(hook).remove)
 
@@ -260,7 +311,7 @@ class StepTape:
         self, segment: Segment, name: str, leaf: Any, place: shared.Meeting, gradients: Any
     ) -> None:
         delta = gradients[place.edge.output_nr]
-        if delta is None or self._tape.closed:
+        if delta is None or self._tape.closed or self._looking:
             return
         n = self._rows_of(segment)
         # One place at a time, as the backward pass frees what made the shared tensor when it has passed.
@@ -294,25 +345,25 @@ class StepTape:
             segment.add((parameter,), Dense(values))
 
 
-def _refuse_inner_randomness(site: LocalSite) -> None:
-    """A module under vmap is run again row by row: what it draws, or averages over the batch, cannot come back."""
-    for name, module in site.module.named_modules():
-        if not module.training:
-            continue
-        where = f"{site.site}.{name}".strip(".") or "the model"
-        drawn = isinstance(module, _Dropout) and module.p > 0
-        drawn |= isinstance(module, nn.RNNBase) and module.dropout > 0 and module.num_layers > 1
-        drawn |= isinstance(module, nn.MultiheadAttention) and module.dropout > 0
-        if drawn:
-            raise LoopError(
-                f"{', '.join(site.names)}: {site.site or 'the model'} is run again row by row, and {where} drops out at random "
-                "inside it. Set dropout=0 there and put nn.Dropout between layers, or leave these out with Task(parameters=...)."
-            )
-        if isinstance(module, _BatchNorm):
-            raise LoopError(
-                f"{', '.join(site.names)}: {site.site or 'the model'} is run again row by row, and {where} averages over the "
-                "batch inside it. Put the batch norm into eval mode, or leave these out with Task(parameters=...)."
-            )
+@contextmanager
+def paused() -> Iterator[None]:
+    """What runs inside is no training: the tapes of other ledgers that are open look away.
+
+    Yields:
+        Nothing.
+    """
+    open_tapes = [tape._tape for tape in _OPEN if not tape._tape.closed]
+    for tape in open_tapes:
+        tape.closed = True
+    try:
+        yield
+    finally:
+        for tape in open_tapes:
+            tape.closed = False
+
+
+# Tapes that watch a model now.
+_OPEN: WeakSet[StepTape] = WeakSet()
 
 
 def _first(output: Any) -> Tensor:
@@ -330,24 +381,3 @@ def _fitted(site: str, layout: Layout, shape: torch.Size, n: int) -> Layout:
     raise LoopError(
         f"{site or 'the model'} saw a tensor {list(shape)} for {n} rows: its rows stand elsewhere than on the queries."
     )
-
-
-def _batch_statistics(
-    site: RuleSite, call: Call, layout: CallLayout, delta: Tensor, n: int
-) -> dict[tuple[str, ...], Block]:
-    """Own terms δ_i x̂_i and δ_i of a batch norm that normalises by its batch."""
-    x = (call.args[0] if call.args else call.kwargs["input"]).detach()
-    eps: Any = site.module.eps
-    if layout.inputs[0] is None:
-        raise LoopError(f"{site.site}: the rows are not an axis of its input.")
-    wide = accumulation_dtype(delta.dtype)
-    d = to_rows(delta, layout.outputs[0], n).to(wide)  # [n, k, c, ...]
-    summed = tuple(axis for axis in range(1, d.dim()) if axis != 2)
-    out: dict[tuple[str, ...], Block] = {}
-    if "weight" in site.roles:
-        normalised = F.batch_norm(x.to(wide), None, None, None, None, True, 0.0, eps)
-        product = to_rows(normalised, layout.inputs[0], n) * d
-        out[site.roles["weight"],] = Dense(product.sum(summed))
-    if "bias" in site.roles:
-        out[site.roles["bias"],] = Dense(d.sum(summed))
-    return out

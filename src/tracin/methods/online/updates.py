@@ -6,7 +6,8 @@ r"""What an optimizer makes of this step's gradient g: the own term of the updat
 | ``"momentum"`` | η g (1 − τ)/(1 − μ), the eventual effect under a constant rate | SGD, Nesterov's too |
 | ``"adam"`` | η g (1 − β₁)/(1 − β₁^t) / (√v̂ + ε), v̂ after the step held constant | Adam, AdamW |
 
-η, μ, τ (dampening), β and ε are those of the parameter's group when the step is taken.
+η, μ, τ (dampening), β and ε are those of the parameter's group when the step is taken. SGD does not dampen the gradient
+with which a parameter's momentum begins: τ = 0 there.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ UPDATES = ("gradient", "momentum", "adam")
 
 @dataclass(frozen=True)
 class GroupStep:
-    """The settings of a parameter's group at one step, and the parameter."""
+    """The settings of a parameter's group at one step, the parameter, and whether its momentum begins with this step."""
 
     parameter: nn.Parameter
     settings: Mapping[str, Any]
+    first: bool = False
 
     @property
     def rate(self) -> float:
@@ -112,7 +114,8 @@ def group_steps(optimizer: torch.optim.Optimizer, traced: Mapping[str, nn.Parame
         settings["lr"] = float(settings["lr"])
         for parameter in group["params"]:
             if id(parameter) in names:
-                out[names[id(parameter)]] = GroupStep(parameter, settings)
+                first = optimizer.state.get(parameter, {}).get("momentum_buffer") is None
+                out[names[id(parameter)]] = GroupStep(parameter, settings, first)
     return out
 
 
@@ -139,14 +142,15 @@ def own_factors(
     if update == "adam":
         return {name: _adam(optimizer, name, step) for name, step in steps.items()}
     if update == "momentum":
-        return {name: step.rate * _eventual(step.settings) for name, step in steps.items()}
+        return {name: step.rate * _eventual(step) for name, step in steps.items()}
     return {name: step.rate for name, step in steps.items()}
 
 
-def _eventual(settings: Mapping[str, Any]) -> float:
-    """(1 − τ)/(1 − μ); torch's SGD dampens only where there is momentum."""
-    momentum = float(settings["momentum"])
-    return (1.0 - float(settings["dampening"])) / (1.0 - momentum) if momentum else 1.0
+def _eventual(step: GroupStep) -> float:
+    """(1 − τ)/(1 − μ); torch's SGD dampens only where there is momentum, and not the gradient that it begins with."""
+    momentum = float(step.settings["momentum"])
+    dampening = 0.0 if step.first or not momentum else float(step.settings["dampening"])
+    return (1.0 - dampening) / (1.0 - momentum)
 
 
 def _adam(optimizer: torch.optim.Optimizer, name: str, step: GroupStep) -> float | Tensor:

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from tracin.curvature.pulling import twice_in_loss
 from tracin.data import Batch, to_device, user_code
 from tracin.errors import LossError, ModelError, UserCodeError
 from tracin.gradients.agreement import tolerance
@@ -84,6 +85,20 @@ def _widened(leaf: Any) -> Any:
     return torch.float64 if isinstance(leaf, torch.dtype) and leaf in _NARROW else leaf
 
 
+@runtime_checkable
+class LossBatches(Protocol):
+    """Makes a pass over the rows and the values that the loss takes."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether all batches are in memory at once; else each pass reads them anew."""
+        ...
+
+    def __call__(self) -> Iterator[tuple[Sequence[int], Any]]:
+        """One pass: the rows of each batch, and its value."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class HeadLoss:
     r"""Losses :math:`\ell_i(u_i)` of all rows at given logits, and their derivatives.
@@ -91,13 +106,13 @@ class HeadLoss:
     Args:
         loss: The user's function.
         place: Where the logits stand in what the model returns.
-        batches: Makes a pass over the rows and the values that the loss takes.
+        batches: The rows.
         where: For messages.
     """
 
     loss: Loss
     place: Place
-    batches: Callable[[], Iterator[tuple[Sequence[int], Any]]]
+    batches: LossBatches
     where: str
 
     def of_batch(self, logits: Float[Tensor, "b C"], rows: Sequence[int], value: Any) -> Float[Tensor, " b"]:
@@ -144,35 +159,71 @@ class HeadLoss:
     def curvature(self, logits: Float[Tensor, "n C"]) -> Callable[[Tensor], Tensor]:
         r"""The products :math:`v_i \mapsto \nabla^2 \ell_i(u_i)\, v_i` at these logits.
 
+        The graphs of the slopes are kept for all products where the batches are; else each product builds them anew, one
+        batch at a time.
+
         Args:
             logits: Float64.
 
         Returns:
             A function of [n, C] to [n, C].
         """
-        parts: list[tuple[Tensor, Tensor]] = []
-        for rows, value in self.batches():
-            at = logits[rows[0] : rows[0] + len(rows)].detach().requires_grad_()
-            found = self.of_batch(at, rows, value)
-            parts.append((at, torch.autograd.grad(found.sum(), at, create_graph=True)[0]))
-        return _Products(parts)
+        if not self.batches.whole:
+            return _ProductsAnew(self, logits.detach())
+        return _Products([self.slopes(logits, rows, value) for rows, value in self.batches()])
+
+    def slopes(
+        self, logits: Float[Tensor, "n C"], rows: Sequence[int], value: Any
+    ) -> tuple[Float[Tensor, "b C"], Float[Tensor, "b C"]]:
+        """The gradients of a batch's losses in its logits, with their graph.
+
+        Args:
+            logits: Of all rows.
+            rows: The batch's rows.
+            value: The batch.
+
+        Returns:
+            The batch's logits, which the gradients depend on, and the gradients.
+        """
+        at = logits[rows[0] : rows[0] + len(rows)].detach().requires_grad_()
+        found = self.of_batch(at, rows, value)
+        return at, torch.autograd.grad(found.sum(), at, create_graph=True)[0]
 
 
 @dataclass(frozen=True, eq=False)
 class _Products:
+    """Products from graphs that are kept."""
+
     parts: list[tuple[Tensor, Tensor]]
 
     def __call__(self, vectors: Tensor) -> Tensor:
-        found, start = [], 0
-        for at, slope in self.parts:
-            some = vectors[start : start + len(at)]
-            start += len(at)
-            if slope.requires_grad:
-                product = torch.autograd.grad(slope, at, some, retain_graph=True, allow_unused=True)[0]
-                found.append(torch.zeros_like(at) if product is None else product)
-            else:
-                found.append(torch.zeros_like(at))
-        return torch.cat(found)
+        some = vectors.split([len(at) for at, _ in self.parts])
+        pairs = zip(self.parts, some, strict=True)
+        return torch.cat([_product(at, slope, along, keep=True) for (at, slope), along in pairs])
+
+
+@dataclass(frozen=True, eq=False)
+class _ProductsAnew:
+    """Products with one batch and its graph in memory at a time."""
+
+    loss: HeadLoss
+    logits: Tensor
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        batches = self.loss.batches()
+        return torch.cat([self._of_batch(rows, value, vectors) for rows, value in batches])
+
+    def _of_batch(self, rows: Sequence[int], value: Any, vectors: Tensor) -> Tensor:
+        at, slope = self.loss.slopes(self.logits, rows, value)
+        return _product(at, slope, vectors[rows[0] : rows[0] + len(rows)], keep=False)
+
+
+def _product(at: Tensor, slope: Tensor, vectors: Tensor, *, keep: bool) -> Tensor:
+    if not slope.requires_grad:
+        return torch.zeros_like(at)
+    with twice_in_loss():
+        found = torch.autograd.grad(slope, at, vectors, retain_graph=keep, allow_unused=True)[0]
+    return torch.zeros_like(at) if found is None else found
 
 
 def kept_for_loss(loss: Loss, value: Any) -> Any:

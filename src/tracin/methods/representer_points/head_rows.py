@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tracin.data import Batch, RowSource, row_checksums, same_checksums, to_device
-from tracin.errors import DataError, OptionError
+from tracin.checksums import Passes, refuse_unsteady
+from tracin.data import Batch, RowSource, to_device
 from tracin.methods.representer_points.head_loss import HeadLoss, check_loss, find_place, kept_for_loss
 from tracin.methods.representer_points.refit import HeadFit, fit_head
 from tracin.progress import progress
-from tracin.scoring.head import HeadRows, refuse_unsteady, see_head
+from tracin.scoring.head import HeadRows, refuse_too_large, see_head
 from tracin.shapes import Float, Int
 from tracin.tasks import Task, losses
 
@@ -71,6 +71,7 @@ class HeadReader:
         where: Checkpoint and data source, for messages.
         memory: Bytes to hold.
         show: Show progress.
+        passes: What the first pass gave.
     """
 
     task: Task
@@ -81,30 +82,24 @@ class HeadReader:
     where: str
     memory: int
     show: bool
+    passes: Passes = field(default_factory=Passes)
 
     def batches(self) -> Iterator[tuple[Batch, HeadRows]]:
         """One pass over the data; rows that come back different are refused.
 
         Yields:
             Each batch, and its rows as the head sees them.
-
-        Raises:
-            OptionError: The features do not fit into the memory allowed.
         """
         held = 0
         with progress(f"features, {self.rows.name}", len(self.rows), show=self.show) as bar:
             for batch in self.rows.batches():
                 if batch.start == 0:
                     refuse_unsteady(self.rows, batch)
+                self.passes.check(self.rows, batch)
                 rows = see_head(self.task, self.layer, self.name, batch, self.value(batch), self.where)
                 # Features twice in float64 (they are joined), and what the fit keeps for every logit.
                 held += 8 * (2 * rows.features.numel() + 6 * rows.logits.numel())
-                if held > self.memory:
-                    share = held / (batch.start + batch.size) * len(self.rows)
-                    raise OptionError(
-                        f"the features of {len(self.rows)} {self.rows.name} rows take {share / 2**30:.2g} GiB, and memory= "
-                        f"allows {self.memory / 2**30:.2g} GiB. Raise it, or take fewer rows."
-                    )
+                refuse_too_large(held, batch, self.rows, self.memory)
                 yield batch, rows
                 bar.advance(batch.size)
 
@@ -119,15 +114,18 @@ class _Kept:
 
     reader: HeadReader
     parts: list[tuple[Sequence[int], Any]] = field(default_factory=list)
-    checksums: list[Tensor | None] = field(default_factory=list)
     nbytes: int = 0
 
     def add(self, batch: Batch, value: Any) -> None:
-        self.checksums.append(row_checksums(batch))
         self.nbytes += sum(leaf.nbytes for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
         self.parts.append((batch.rows, value))
-        if self.nbytes > self.reader.memory // 2:
+        if not self.whole:
             self.parts.clear()
+
+    @property
+    def whole(self) -> bool:
+        """Whether every batch is kept."""
+        return self.nbytes <= self.reader.memory // 2
 
     def join(self) -> None:
         """Give the ready-made loss all rows at once."""
@@ -136,17 +134,11 @@ class _Kept:
             self.parts = [(range(n), (None, torch.cat([value[1] for _, value in self.parts])))]
 
     def __call__(self) -> Iterator[tuple[Sequence[int], Any]]:
-        if self.nbytes <= self.reader.memory // 2:
+        if self.whole:
             yield from self.parts
             return
-        for batch, before in zip(self.reader.rows.batches(), self.checksums, strict=True):
-            now = row_checksums(batch)
-            if now is not None and before is not None and not bool(same_checksums(before, now).all()):
-                row = batch.rows[int((~same_checksums(before, now)).nonzero()[0])]
-                raise DataError(
-                    f"{self.reader.rows.name}: row {row} changed between two passes over the data. Turn off augmentation, "
-                    "shuffling and other randomness in the dataset."
-                )
+        for batch in self.reader.rows.batches():
+            self.reader.passes.check(self.reader.rows, batch)
             yield batch.rows, kept_for_loss(self.reader.task.loss, self.reader.value(batch))
 
 

@@ -15,13 +15,15 @@ from tracin.checkpoints import Checkpoint, Trajectory
 from tracin.data import BatchSize, open_rows
 from tracin.errors import OptionError
 from tracin.gradients.agreement import accumulation_dtype
+from tracin.methods.answers import scores_result, self_influence_result, top_k_result
 from tracin.methods.provenance import versions
 from tracin.methods.representer_points.head_rows import HeadReader, Refit, refit_head, with_constant
 from tracin.methods.settings import checked_settings, require_task
-from tracin.results import Ranking, Scores, SelfInfluence, TopK
+from tracin.methods.within import check_within, rows_within
+from tracin.results import Scores, SelfInfluence, TopK
 from tracin.scoring.guard import LoadedModel, guarded
 from tracin.scoring.head import find_head, refuse_no_classes
-from tracin.scoring.top_k import Lists, check_k, merge
+from tracin.scoring.top_k import Strongest
 from tracin.shapes import Float
 from tracin.tasks import Task
 
@@ -120,6 +122,16 @@ class RepresenterPoints:
 
         Returns:
             ``values`` [q, n] on the CPU, in the parameters' dtype, at least float32.
+
+        Raises:
+            OptionError: ``target`` is no class, or the features exceed ``memory``.
+            ModelError: The head is not the last layer, or its output does not reach the loss as it is.
+            LossError: The loss is not a function of the head's output alone, or mixes rows.
+            DataError: A row changes when it is read again, or has a label without a logit.
+            CheckpointError: The checkpoint is damaged, or of another model.
+            NotFiniteError: A feature or logit is NaN or infinite; the row is named.
+            ConvergenceError: The fit is not stationary to ``tolerance``.
+            UserCodeError: The model, the loss or the dataset fails.
         """
         with self._opened() as loaded:
             refit, asked = self._refit(loaded, train), self._ask(loaded, queries, target)
@@ -128,7 +140,7 @@ class RepresenterPoints:
             for some in torch.arange(q).split(self._tile(n)):
                 values[some] = _scores(refit, asked, some, slice(None)).to("cpu", self._dtype)
             record = {**self.provenance(refit, train=n, verb="influence"), "target": target}
-        return Scores(values=values, train_ids=torch.arange(n), query_ids=torch.arange(q), provenance=record)
+        return scores_result(values, record)
 
     def top_k(
         self,
@@ -150,36 +162,24 @@ class RepresenterPoints:
 
         Returns:
             Proponents and opponents, signs kept, ties by lower id.
+
+        Raises:
+            OptionError: k is out of range, or a class has fewer than k rows; and what ``influence`` refuses.
         """
+        check_within(within)
         with self._opened() as loaded:
             refit, asked = self._refit(loaded, train), self._ask(loaded, queries, target)
             n, q = len(refit.alpha), len(asked.features)
-            check_k(k, n)
-            wanted = _wanted(asked, refit, k, within)
-            high: Lists | None = None
-            low: Lists | None = None
+            strongest = Strongest(k, slice(0, q), rows_within(asked.labels, refit.labels, k, within))
             for rows in torch.arange(n).split(self._tile(q)):
-                values = _scores(refit, asked, torch.arange(q), rows).to(self._dtype)
-                out = torch.zeros_like(values, dtype=torch.bool)
-                if wanted is not None:
-                    out = wanted[:, None] != refit.labels[rows][None]
-                values, out = values.cpu(), out.cpu()
-                high = merge(high, values.masked_fill(out, -torch.inf), rows, k)
-                low = merge(low, (-values).masked_fill(out, -torch.inf), rows, k)
+                strongest.add(_scores(refit, asked, torch.arange(q), rows).to("cpu", self._dtype), rows)
             record = {
                 **self.provenance(refit, train=n, verb="top_k"),
                 "target": target,
                 "k": k,
                 "within": within,
             }
-        assert high is not None
-        assert low is not None
-        return TopK(
-            proponents=Ranking(ids=high.ids, values=high.values),
-            opponents=Ranking(ids=low.ids, values=-low.values),
-            query_ids=torch.arange(q),
-            provenance=record,
-        )
+        return top_k_result(*strongest.lists(), record, n)
 
     def self_influence(self, train: Any) -> SelfInfluence:
         r""":math:`|\alpha_{i, y_i}| \, f_i^\top f_i`: how much a row holds up the logit of its own label.
@@ -192,13 +192,16 @@ class RepresenterPoints:
 
         Returns:
             ``values`` [n].
+
+        Raises:
+            ConvergenceError: The fit is not stationary to ``tolerance``; and what ``influence`` refuses of the train rows.
         """
         with self._opened() as loaded:
             refit = self._refit(loaded, train)
             alpha = refit.alpha.gather(1, refit.labels[:, None])[:, 0].abs()
             values = (alpha * refit.features.square().sum(1)).to("cpu", self._dtype)
             record = self.provenance(refit, train=len(values), verb="self_influence")
-        return SelfInfluence(values=values, train_ids=torch.arange(len(values)), provenance=record)
+        return self_influence_result(values, record)
 
     def refit(self, train: Any) -> Refit:
         """The head fitted anew, with what each train row holds of it.
@@ -208,6 +211,9 @@ class RepresenterPoints:
 
         Returns:
             The refit, on the CPU, in float64.
+
+        Raises:
+            ConvergenceError: The fit is not stationary to ``tolerance``; and what ``influence`` refuses of the train rows.
         """
         with self._opened() as loaded:
             found = self._refit(loaded, train)
@@ -317,17 +323,3 @@ def _scores(refit: Refit, asked: _Asked, queries: Tensor, rows: Tensor | slice) 
     queries = queries.to(asked.targets.device)
     alpha = refit.alpha[rows].mT[asked.targets[queries]]
     return alpha * (asked.features[queries] @ refit.features[rows].mT)
-
-
-def _wanted(asked: _Asked, refit: Refit, k: int, within: str | int | None) -> Tensor | None:
-    """The class that each query's lists are restricted to."""
-    if within is None:
-        return None
-    if within != "label" and (isinstance(within, bool) or not isinstance(within, int)):
-        raise OptionError(f"within is {within!r}: give None, 'label' or a class number.")
-    wanted = asked.labels if within == "label" else torch.full_like(asked.labels, int(within))
-    for cls in wanted.unique().tolist():
-        count = int((refit.labels == cls).sum())
-        if count < k:
-            raise OptionError(f"k is {k}, but only {count} train rows have class {cls}.")
-    return wanted
