@@ -22,13 +22,14 @@ from curvature.common import (
     mlp,
     off,
     pictures,
+    row_gradients,
     seeded,
     softmax_hessian,
 )
 from tracin.curvature.cost import cost
 from tracin.curvature.operators import CurvatureRows
 from tracin.curvature.solvers import CurvatureOptions, Prepared, prepare
-from tracin.errors import ConvergenceError, NotFiniteError, OptionError
+from tracin.errors import ConvergenceError, ModelError, NotFiniteError, OptionError
 
 LOSS = tracin.losses.cross_entropy
 
@@ -98,27 +99,99 @@ def test_a_damping_that_does_not_outweigh_negative_curvature(solver: str) -> Non
 
 def test_no_damping_on_a_singular_matrix() -> None:
     model, batch = mlp(), flat_rows(N, 1)  # the softmax leaves a direction flat
+    high = float(torch.linalg.eigvalsh(truth("gauss_newton", model, batch))[-1])
     with pytest.raises(
         OptionError, match="damping=0 is too small: the smallest eigenvalue of the Gauss-Newton"
-    ):
+    ) as caught:
         prepared(model, batch, solver="exact", damping=0.0)
-    for solver in ("lissa", "ekfac"):
+    advised = str(caught.value).split("Give a damping such as ")[1].split(",")[0]
+    assert float(advised) == pytest.approx(1e-3 * high, rel=1e-2)
+    for solver in ("cg", "lissa", "ekfac"):
         with pytest.raises(OptionError, match="needs a positive one"):
             prepared(model, batch, solver=solver, damping=0.0)
 
 
-def test_a_model_that_ends_in_log_softmax_has_no_gauss_newton() -> None:
+@pytest.mark.parametrize("solver", ["exact", "cg", "lissa", "ekfac"])
+@pytest.mark.parametrize("share", [1e-300, 0.5])
+def test_a_damping_that_is_rounding_noise(share: float, solver: str) -> None:
+    """λ_min + λ has to exceed p · eps · λ_max, for all solvers alike."""
+    model, batch = nn.Linear(4, 3).double(), flat_rows(N, 1)
+    matrix = truth("gauss_newton", model, batch)
+    noise = len(matrix) * torch.finfo(DOUBLE).eps * float(torch.linalg.eigvalsh(matrix)[-1])
+    g = row_gradients(model, LOSS, batch)[:3]
+    damping = share if share < 1e-9 else share * noise * (0.05 if solver in {"cg", "ekfac"} else 1.0)
+    with pytest.raises(OptionError, match="is too small: the smallest eigenvalue of the Gauss-Newton matrix"):
+        solved(model, batch, g, solver=solver, damping=damping)
+    if solver in {"exact", "ekfac"}:
+        assert prepared(model, batch, solver=solver, damping=100 * noise).solver.damping == 100 * noise
+
+
+@pytest.mark.parametrize("kind", ["gauss_newton", "hessian"])
+def test_no_damping_on_a_matrix_that_is_singular_in_float32(kind: str) -> None:
+    """Rounding in float32 makes λ_min positive by far more than float64's."""
+    for seed in range(8):
+        batch = flat_rows(N, seed, torch.float32)
+        with pytest.raises(OptionError, match="λ_max / 1000"):
+            prepared(nn.Linear(4, 3), batch, solver="exact", curvature=kind, damping=0.0)
+
+
+def test_no_damping_on_a_definite_matrix() -> None:
+    """Least squares with more rows than features."""
+    model, batch = nn.Linear(4, 1).double(), (flat_rows(N, 1)[0], torch.ones(N, 1, dtype=DOUBLE))
+    task = tracin.Task(model, tracin.losses.mean_squared_error)
+    x1 = torch.cat([batch[0], torch.ones(N, 1, dtype=DOUBLE)], 1)
+    matrix = 2 * x1.T @ x1 / N
+    g = torch.randn(2, 5, generator=seeded(3), dtype=DOUBLE)
+    expected = torch.linalg.solve(matrix, g.T).T
+    kinds = (("exact", "gauss_newton"), ("exact", "hessian"), ("cg", "hessian"), ("lissa", "hessian"))
+    with curvature_rows(task, batch) as (run, rows):
+        for solver, kind in kinds:
+            options = CurvatureOptions(curvature=kind, solver=solver, damping=0.0)
+            x = prepare(rows, run.train.wiring, options).solver.solve(g)
+            assert off(x, expected) < (0.5 if solver == "lissa" else 1e-8), solver
+
+
+@pytest.mark.parametrize("damping", [None, 0.1])
+@pytest.mark.parametrize("solver", ["exact", "cg", "lissa", "ekfac"])
+def test_a_loss_without_curvature_has_no_gauss_newton(solver: str, damping: float | None) -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.LogSoftmax(1)).double()
 
     def nll(model: nn.Module, batch: Any) -> Tensor:
         return nn.functional.nll_loss(model(batch[0]), batch[1], reduction="none")
 
-    for solver in ("exact", "cg", "ekfac"):
-        with (
-            curvature_rows(tracin.Task(model, nll), flat_rows(N, 1)) as (run, rows),
-            pytest.raises(OptionError, match="log_softmax"),
-        ):
-            prepare(rows, run.train.wiring, CurvatureOptions(solver=solver))
+    def absolute(model: nn.Module, batch: Any) -> Tensor:
+        return (model(batch[0]) - 2.0).abs().sum(1)
+
+    def margin(model: nn.Module, batch: Any) -> Tensor:
+        return nn.functional.multi_margin_loss(model(batch[0]), batch[1], reduction="none")
+
+    losses = ((nll, "log_softmax, let it return logits"), (absolute, "curvature='hessian'"))
+    options = CurvatureOptions(solver=solver, damping=damping)
+    for loss, said in (*losses, (margin, "the loss has no second derivative in the model's output")):
+        with curvature_rows(tracin.Task(model, loss), flat_rows(N, 1)) as (run, rows):
+            for call in (prepare, cost):
+                with pytest.raises(ModelError, match=said):
+                    call(rows, run.train.wiring, options)
+
+
+def test_a_first_batch_without_curvature_is_not_all() -> None:
+    """Rows far out on a Huber loss are linear, and so are all rows of the first batch."""
+    model, (x, _) = nn.Linear(4, 1).double(), flat_rows(N, 1)
+    y = torch.zeros(N, 1, dtype=DOUBLE)
+    y[:8] = 100.0
+
+    def huber(model: nn.Module, batch: Any) -> Tensor:
+        return nn.functional.huber_loss(model(batch[0]), batch[1], delta=50.0, reduction="none").sum(1)
+
+    def matrix_of(rows: Any) -> Tensor:
+        with curvature_rows(tracin.Task(model, huber), rows) as (run, found):
+            prepared = prepare(found, run.train.wiring, CurvatureOptions(damping=1.0))
+            return torch.linalg.inv(prepared.solver.solve(torch.eye(5, dtype=DOUBLE)))
+
+    x1 = torch.cat([x, torch.ones(N, 1, dtype=DOUBLE)], 1)[8:]
+    assert off(matrix_of((x, y)), x1.T @ x1 / N + torch.eye(5, dtype=DOUBLE)) < 1e-10
+    with pytest.raises(ModelError, match="linear in the model's output at every row"):
+        matrix_of((x[:8], y[:8]))
 
 
 def test_a_curvature_too_large_for_a_matrix() -> None:

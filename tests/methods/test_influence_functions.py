@@ -315,6 +315,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"solver": "cg", "iterations": 50.0}, "iterations is 50.0. Give a positive whole number"),
     ({"solver": "ekfac", "samples": 1.0}, "samples is 1.0"),
     ({"solver": "lissa", "damping": 0}, "damping is 0: solver='lissa' needs a positive one"),
+    ({"solver": "cg", "damping": 0.0}, "damping is 0: solver='cg' needs a positive one"),
     ({"solver": "ekfac", "damping": 0.0}, "damping is 0: solver='ekfac' needs a positive one"),
     ({"damping": float("inf")}, "damping is inf"),
     ({"solver": "cg", "scale": 2.0}, "scale is read by solver='lissa'"),

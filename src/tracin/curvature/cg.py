@@ -26,6 +26,7 @@ class ConjugateGradients(IterativeSolver):
         tolerance: ‖(C + λI) x − g‖ / ‖g‖ at which to stop.
         iterations: At most so many products.
         low: A lower bound of C's smallest eigenvalue; Gauss-Newton's is 0.
+        given: Whether λ is the user's, which has to exceed rounding; a default is a share of C's eigenvalues.
     """
 
     def __init__(
@@ -37,9 +38,11 @@ class ConjugateGradients(IterativeSolver):
         tolerance: float,
         iterations: int,
         low: float = 0.0,
+        given: bool = True,
     ) -> None:
         super().__init__("cg", damping, tolerance, iterations)
         self.curvature, self.kind, self.low = curvature, kind, low
+        self.given = given
 
     def _solve_units(self, units: Tensor) -> tuple[Tensor, int, float]:
         x, r = torch.zeros_like(units), units.clone()
@@ -84,5 +87,6 @@ class ConjugateGradients(IterativeSolver):
         """λ_max is at least the bend in any direction."""
         bends = bend / directions.square().sum(1) - self.damping
         low, high = float(bends.min()), float(bends.max())
-        if min(low, self.low) + self.damping <= rounding_of(high, directions.shape[1]):
+        noise = rounding_of(high, directions.shape[1]) if self.given else 0.0
+        if min(low, self.low) + self.damping <= noise:
             raise damping_error(self.damping, min(low, self.low), high, self.kind)

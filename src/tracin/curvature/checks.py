@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -190,13 +190,15 @@ def check_loss(found: Outputs, source: Source, batch: Batch, value: Any) -> None
     )
 
 
-def refuse_linear(batches: Iterable[tuple[Batch, Any]], source: Source, layout: Vectors) -> None:
+def refuse_linear(
+    batches: Callable[[], Iterator[tuple[Batch, Any]]], source: Source, layout: Vectors
+) -> None:
     """Refuse a loss that is linear in the model's output at every row: its Gauss-Newton matrix is zero.
 
     Batches are read until one has a row with curvature, most often the first. The ready-made losses have it.
 
     Args:
-        batches: One pass over the rows.
+        batches: Makes a pass over the rows.
         source: The loss and its rows.
         layout: The parameters.
 
@@ -206,7 +208,7 @@ def refuse_linear(batches: Iterable[tuple[Batch, Any]], source: Source, layout: 
     if source.loss in READY_MADE:
         return
     generator, sloped = torch.Generator().manual_seed(3), False
-    for batch, value in batches:
+    for batch, value in batches():
         spare = to_device(value, source.device, copy=True)
         found = outputs_of(source, batch, value, layout.tensors)
         bent = found.bend(Puller(), [_normal(u, generator)[None] for u in found.leaves])
@@ -216,9 +218,9 @@ def refuse_linear(batches: Iterable[tuple[Batch, Any]], source: Source, layout: 
         sloped |= any(s is not None and bool((s != 0).any()) for s in found.slopes)
     if sloped:
         raise ModelError(
-            f"the loss is linear in the model's output at every row ({source.where}), so Gauss-Newton is zero and scores would be "
-            "gradient products divided by the damping. If the model ends in log_softmax, let it return logits (and the loss take "
-            "them); otherwise use curvature='hessian', or a loss that is not piecewise linear."
+            f"the loss is linear in the model's output at every row ({source.where}), so Gauss-Newton is zero and scores would "
+            "be gradient products divided by the damping. If the model ends in log_softmax, let it return logits (and the loss "
+            "take them); otherwise use curvature='hessian', or a loss that is not piecewise linear."
         )
 
 

@@ -89,7 +89,7 @@ def cost(rows: CurvatureRows, wiring: Wiring, options: CurvatureOptions) -> Cost
     """
     refuse_zero_damping(options)
     if options.curvature == "gauss_newton":
-        refuse_linear(rows.batches(), rows.source, rows.vectors)
+        refuse_linear(rows.batches, rows.source, rows.vectors)
     trial = _Trial.of(rows)
     if options.solver == "ekfac":
         return _ekfac(trial, wiring, options)

@@ -15,6 +15,7 @@ __all__ = [
     "CholeskySolver",
     "bytes_of",
     "damping_error",
+    "ends_of",
     "from_columns",
     "from_products",
     "refuse_too_large",
@@ -117,12 +118,15 @@ class CholeskySolver:
         matrix: C, symmetric [p, p] in float64.
         damping: λ.
         kind: The curvature's name, for the message.
+        accuracy: Relative rounding of the model that C was made with.
 
     Raises:
         OptionError: C + λI is not positive definite; the message names C's smallest eigenvalue.
     """
 
-    def __init__(self, matrix: Float[Tensor, "p p"], damping: float, kind: str) -> None:
+    def __init__(
+        self, matrix: Float[Tensor, "p p"], damping: float, kind: str, accuracy: float = 0.0
+    ) -> None:
         self.damping = damping
         damped = matrix.clone()
         damped.diagonal().add_(damping)
@@ -131,8 +135,7 @@ class CholeskySolver:
         pivots = factor.diagonal().square()
         noise = rounding_of(float(torch.linalg.matrix_norm(matrix)), len(matrix))
         if bool(failed) or min(float(pivots.min()), damping) <= noise:
-            values = torch.linalg.eigvalsh(matrix)
-            low, high = float(values[0]), float(values.abs().max())
+            low, high = ends_of(matrix, accuracy)
             if bool(failed) or damping + low <= rounding_of(high, len(matrix)):
                 raise damping_error(damping, low, high, kind)
         self._factor = factor
@@ -146,6 +149,21 @@ class CholeskySolver:
         """gᵀ (C + λI)⁻¹ g of each vector."""
         half = torch.linalg.solve_triangular(self._factor, gradients.double().mT, upper=False)
         return half.square().sum(0)
+
+
+def ends_of(matrix: Float[Tensor, "p p"], accuracy: float) -> tuple[float, float]:
+    """The smallest eigenvalue and the size of the largest.
+
+    Args:
+        matrix: C, symmetric.
+        accuracy: Relative rounding of what it was made with.
+
+    Returns:
+        λ_min, 0 where it is positive by rounding alone, and λ_max.
+    """
+    values = torch.linalg.eigvalsh(matrix)
+    low, high = float(values[0]), float(values.abs().max())
+    return (0.0 if 0.0 < low <= accuracy * high else low), high
 
 
 def rounding_of(high: float, p: int) -> float:
@@ -175,7 +193,10 @@ def damping_error(damping: float, low: float, high: float, kind: str) -> OptionE
     """
     shown = "Hessian" if kind == "hessian" else "Gauss-Newton matrix"
     # An eigenvalue that is rounding noise is no scale for a damping.
-    advised = f"well above {-low:.6g}" if -low > 1e-12 * high else f"such as {1e-3 * high:.3g}, λ_max / 1000"
+    if -low > 1e-6 * high:
+        advised = f"well above {-low:.6g}"
+    else:
+        advised = f"such as {1e-3 * high:.3g}, λ_max / 1000" if high > 0 else "above 0"
     return OptionError(
         f"damping={damping:.6g} is too small: the smallest eigenvalue of the {shown} is λ_min = {low:.6g}, the largest about "
         f"{high:.3g}, and C + damping·I must be positive definite beyond rounding. Give a damping {advised}"

@@ -21,6 +21,10 @@ logger = logging.getLogger("tracin")
 _SAID = ("derivative for", "does not require grad", "differentiate twice")
 
 
+def _said(error: RuntimeError) -> str:
+    return str(error).splitlines()[0].rstrip(".")
+
+
 def _has_none(error: RuntimeError) -> bool:
     return any(words in str(error) for words in _SAID)
 
@@ -42,7 +46,7 @@ def twice() -> Iterator[None]:
     except RuntimeError as error:
         if _has_none(error):
             raise ModelError(
-                f"the model or the loss cannot be differentiated twice: {str(error).splitlines()[0]} Use solver='ekfac', "
+                f"the model or the loss cannot be differentiated twice: {_said(error)}. Use solver='ekfac', "
                 "which needs first derivatives of the model only, or another implementation of that layer or loss."
             ) from error
         raise
@@ -64,7 +68,7 @@ def twice_in_loss() -> Iterator[None]:
     except RuntimeError as error:
         if _has_none(error):
             raise ModelError(
-                f"the loss has no second derivative in the model's output: {str(error).splitlines()[0]} Write the loss with "
+                f"the loss has no second derivative in the model's output: {_said(error)}. Write the loss with "
                 "operations that can be differentiated twice, or use one of tracin.losses."
             ) from error
         raise

@@ -133,7 +133,7 @@ def prepare(rows: CurvatureRows, wiring: Wiring, options: CurvatureOptions) -> P
     """
     refuse_zero_damping(options)
     if options.curvature == "gauss_newton":
-        refuse_linear(rows.batches(), rows.source, rows.vectors)
+        refuse_linear(rows.batches, rows.source, rows.vectors)
     if options.solver == "exact":
         return _exact(rows, wiring, options)
     if options.solver == "ekfac":
@@ -164,6 +164,7 @@ def prepare(rows: CurvatureRows, wiring: Wiring, options: CurvatureOptions) -> P
         tolerance=(1e-4 if narrow else 1e-10) if options.tolerance is None else options.tolerance,
         iterations=1000 if options.iterations is None else options.iterations,
         low=0.0 if low is None else low.least,
+        given=options.damping is not None,
     )
     drawn = low is not None or (amount is not None and amount.estimated)
     return Prepared(
@@ -199,13 +200,15 @@ def _exact(rows: CurvatureRows, wiring: Wiring, options: CurvatureOptions) -> Pr
         if options.curvature == "hessian"
         else _gauss_newton_matrix(rows, wiring)
     )
+    narrow = any(p.dtype != torch.float64 for p in rows.vectors.tensors)
+    accuracy = torch.finfo(torch.float32 if narrow else torch.float64).eps
     low = None
     if options.curvature == "hessian":
-        values = torch.linalg.eigvalsh(matrix)
-        low = spectrum.Eigenvalue(float(values[0]), 0.0, 0, float(values.abs().max()))
+        least, high = dense.ends_of(matrix, accuracy)
+        low = spectrum.Eigenvalue(least, 0.0, 0, high)
     damping = _damping(_Trace(float(matrix.trace()), "exact"), rows, options, low)
     return Prepared(
-        dense.CholeskySolver(matrix, damping.value, options.curvature),
+        dense.CholeskySolver(matrix, damping.value, options.curvature, accuracy),
         damping.rule,
         COPIES["exact"],
         damping.found,
@@ -317,9 +320,7 @@ def _damping(
     """
     found = {} if low is None else {"lambda_min": low.least}
     if options.damping is not None:
-        if low is not None and options.damping + low.least <= dense.rounding_of(
-            low.high, rows.vectors.size
-        ):
+        if low is not None and options.damping + low.least <= dense.rounding_of(low.high, rows.vectors.size):
             raise dense.damping_error(options.damping, low.least, low.high, options.curvature)
         return _Damping(options.damping, "given", found)
     assert amount is not None

@@ -29,7 +29,7 @@ Product = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Eigenvalue:
-    """An eigenvalue, the norm ‖C v − λ v‖ of what is left over (an eigenvalue is that near), products used, and the largest seen."""
+    """An eigenvalue, the norm ‖C v − λ v‖ of what is left over (an eigenvalue is that near), products used, the largest size."""
 
     value: float
     residual: float

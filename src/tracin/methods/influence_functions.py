@@ -71,7 +71,7 @@ class InfluenceFunctions:
     are the answer, then what is the question?* (for Gauss-Newton); Grosse et al. 2023 (EKFAC).
 
     Gauss-Newton splits the loss at the model's output, so the loss must call the model once and reach the parameters through its
-    output alone. A model should return logits: for one that ends in log_softmax the matrix is zero.
+    output alone. A model should return logits: behind a log_softmax the loss is linear in the output, which is refused.
 
     Args:
         task: Model and per-example loss.
@@ -81,7 +81,8 @@ class InfluenceFunctions:
             ``tolerance``. ``"lissa"``: a stochastic series. ``"ekfac"``: layer by layer in an eigenbasis, approximate, the
             one for large models.
         damping: λ. Training with weight decay λ: give that. None: a tenth of C's mean eigenvalue; for the Hessian at least
-            −2 λ_min; for lissa at least a thousandth of the largest eigenvalue of a batch. Provenance says which.
+            −2 λ_min; for lissa at least a thousandth of the largest eigenvalue of a batch. Provenance says which. 0 is taken
+            where C is known to be positive definite: by ``"exact"``, and for the Hessian.
         curvature_data: Rows that C is the mean over; the train set given to the verb unless given.
         tolerance: For cg and lissa, ‖(C + λI)x − g‖ / ‖g‖: 1e-10 for a float64 model and 1e-4 otherwise; 0.05 for lissa.
         iterations: For cg (1000) and lissa (10 000), the most steps.

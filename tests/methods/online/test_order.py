@@ -14,7 +14,7 @@ import oracle
 import tracin
 from methods.online.common import Loop, N, Q, batches, ledger, replay, rows, sgd
 from methods.online.test_models import build
-from tracin.errors import LoopError
+from tracin.errors import LoopError, ModelError
 
 Step = Callable[["Moved", Tensor], Tensor]
 
@@ -249,3 +249,50 @@ def test_a_forward_pass_without_backward_is_no_micro_batch() -> None:
                 loop.loss(model, data, ids, len(ids)).backward()
                 optimizer.step()
     oracle.assert_close(online.scores().values, truth.first_order, 1e-10)
+
+
+def test_the_passes_that_decide_leave_training_as_it_is() -> None:
+    """Dropout, batch statistics and an operation that is looked at in every step."""
+
+    def trained(online: Any) -> dict[str, Tensor]:
+        model = moved(hidden, True, torch.float32)
+        model.norm = nn.Sequential(model.norm, nn.Dropout(0.3))
+        with torch.random.fork_rng():
+            torch.manual_seed(2)
+            make = None if online is None else online(model)
+            Loop(sgd(momentum=0.9), batches(4)).run(model, rows(N, 1, torch.float32), make)
+        return model.state_dict()
+
+    beside = trained(lambda model: ledger(model, rows(Q, 2, torch.float32)))
+    plain = trained(None)
+    assert all(torch.equal(plain[name], beside[name]) for name in plain)
+
+
+class Packed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(4, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = (x[:, 0, 0].abs() * 2).long().clamp(1, 3)
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return self.head(self.lstm(packed)[1][0][-1])
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        some = x[:, 0, 0] > 0
+        out = x.new_zeros(len(x), 5)
+        out[some] = self.a(x[some, 0])
+        return self.head(out)
+
+
+@pytest.mark.parametrize("make", [Packed, Masked])
+def test_models_that_pick_rows_are_refused_when_the_ledger_is_made(make: Callable[[], nn.Module]) -> None:
+    model = build(make)
+    with pytest.raises(ModelError, match=r"cannot follow .* from inside the model"):
+        ledger(model, rows(Q, 2, shape=(3, 4)))(sgd()(model))

@@ -146,7 +146,7 @@ def test_another_optimizer_in_the_block_is_refused() -> None:
     model, data = net(), rows(N, 1)
     mine, other = two_optimizers(model)
     online = ledger(model, rows(Q, 2))(mine)
-    with pytest.raises(LoopError, match="changed inside the with block before.*another optimizer"):
+    with pytest.raises(LoopError, match=r"changed inside the with block before.*another optimizer"):
         both_step(online, model, other, mine, data)
 
 

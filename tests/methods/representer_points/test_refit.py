@@ -30,6 +30,7 @@ from oracle import assert_close
 from tracin.errors import (
     ConvergenceError,
     DataError,
+    ModelError,
     OptionError,
 )
 from tracin.methods.representer_points.head_loss import HeadLoss, Place
@@ -125,6 +126,15 @@ def test_a_loss_with_kinks_has_no_stationary_point() -> None:
     few = (TRAIN[0][:8], TRAIN[1][:8])
     with pytest.raises(ConvergenceError, match=r"not stationary: its gradient is .* Raise l2 or tolerance"):
         method(loss=hinge, l2=1e-3, batch_size=8).self_influence(few)
+
+
+@pytest.mark.parametrize("memory", ["1GiB", 20_000])
+def test_a_loss_without_second_derivative_is_refused(memory: str | int) -> None:
+    def margin(model: nn.Module, batch: Any) -> Tensor:
+        return nn.functional.multi_margin_loss(model(batch[0]), batch[1], reduction="none")
+
+    with pytest.raises(ModelError, match="the loss has no second derivative in the model's output"):
+        method(loss=margin, l2=1e-3, batch_size=8, memory=memory).self_influence(TRAIN)
 
 
 def test_a_fit_that_starts_at_the_minimum_takes_no_step() -> None:

@@ -11,6 +11,7 @@ Under batch statistics a normalised input x̂ mixes the rows; the share of row i
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -96,11 +97,13 @@ class StepTape:
         self._stack = ExitStack()
         self._tape = Tape()
         self._segments: list[Segment] = []
+        self.thread = 0
         self._looking = False  # a pass of our own runs through the hooks
         self.dtype = coarsest(p.dtype for p in traced.values())
 
     def open(self) -> None:
         """Put the hooks on."""
+        self.thread = threading.get_ident()
         _OPEN.add(self)
         self._stack.callback(_OPEN.discard, self)
         sites = {**({"": self._model} if self._watches_model else {}), **self._wiring.sites()}
@@ -347,12 +350,13 @@ class StepTape:
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """What runs inside is no training: the tapes of other ledgers that are open look away.
+    """What runs inside is no training: the tapes that this thread holds open look away.
 
     Yields:
         Nothing.
     """
-    open_tapes = [tape._tape for tape in _OPEN if not tape._tape.closed]
+    mine = threading.get_ident()
+    open_tapes = [tape._tape for tape in _OPEN if tape.thread == mine and not tape._tape.closed]
     for tape in open_tapes:
         tape.closed = True
     try:
