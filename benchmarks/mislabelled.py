@@ -55,8 +55,9 @@ training runs. `make study` runs the commands below and `python benchmarks/misla
 [what each method is](../mislabelled.md).
 
 Numbers are means ± one standard deviation over the seeds. *Found at 20 %*: the share of the flips among the 20 % of
-the rows that a method calls most suspect. Seconds are wall-clock seconds of one thread while the other
-core ran the other study. Peak memory is what a method needed above what the process held before.
+the rows that a method calls most suspect. Seconds are wall-clock seconds of one thread on a
+machine that did other work too; the processor seconds in the JSON files are not moved by that. Peak memory is what a method
+needed above what the process held before.
 """
 
 
@@ -66,7 +67,8 @@ def section(name: str, result: StudyResult) -> str:
         f"## {STUDIES[name].title}",
         f"    tracin {STUDIES[name].command(name, 'runs/study', seeds)}",
         (
-            f"{seeds} seed{'s' if seeds > 1 else ''}; torch {made['torch']}, {made['threads']} thread, {made['processor']}. "
+            f"{'One seed' if seeds == 1 else f'{seeds} seeds'}; torch {made['torch']}, {made['threads']} thread, "
+            f"{made['processor']}. "
             f"[All numbers](mislabelled-{name}.json); `tracin study mislabelled --replay` takes that file."
         ),
         f"![Share of flips found against share of rows inspected](mislabelled-{name}.png)",
@@ -111,7 +113,9 @@ def write_docs(folder: Path) -> None:
             text = json.dumps(result.to_json(), separators=(",", ":"), allow_nan=False)
             (RESULTS / f"mislabelled-{name}.json").write_text(text + "\n", encoding="utf-8")
             parts.append(section(name, result))
-    (RESULTS / "mislabelled.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    (RESULTS / "mislabelled.md").write_text(
+        "\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8"
+    )
 
 
 def main() -> None:
