@@ -239,8 +239,7 @@ Steps of SGD on the Fashion-MNIST CNN (two convolutions, two linear layers, 105,
 training that also runs a forward and a backward pass over the queries after each step. Interleaved rounds; the ratio is
 taken within a round, and the median told with its range. The final weights of both are compared bit by bit. The goal of
 1.25 is not reached on this model: beyond the yardstick the ledger makes a weight gradient per row in both convolutions, for
-train rows and queries, and spends a few milliseconds a step on its own account, which weigh less as the step grows. CPU
-seconds of one thread, taken while other programs kept both cores busy, which costs caches too.
+train rows and queries, and spends a few milliseconds a step on its own account, which weigh less as the step grows.
 
 | rows per step | queries | clock | threads | plain, ms | with queries, ms | ledger, ms | ratio | range |
 |---:|---:|---|---:|---:|---:|---:|---:|---|"""
