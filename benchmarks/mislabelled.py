@@ -51,8 +51,8 @@ STUDIES = {
 INTRODUCTION = """# Mislabelled data, measured
 
 Planted flips on 10,000 pictures of Fashion-MNIST: one label in ten is wrong. Every method sees the same checkpoints of the same
-training runs. `make study` runs the commands below and `python benchmarks/mislabelled.py --write-docs` writes this page;
-[what each method is](../mislabelled.md).
+training runs. `make study` runs the commands below, with three seeds, and `python benchmarks/mislabelled.py --write-docs` writes
+this page from what is finished; [what each method is](../mislabelled.md).
 
 Numbers are means ± one standard deviation over the seeds. *Found at 20 %*: the share of the flips among the 20 % of
 the rows that a method calls most suspect. Seconds are wall-clock seconds of one thread on a

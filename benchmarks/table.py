@@ -58,8 +58,8 @@ the smallest and the largest of these ratios.
 
 - **One plain pass**: load each checkpoint; forward and backward with the parameters' gradients, over all train and query
   rows, in batches of the size given. A method that uses gradients needs at least this, up to the weight gradients, which
-  factored products never form. The peers read the same batches; `tracin` chooses its own (`batch_size="auto"`), which are
-  larger on the MLP.
+  factored products never form. The peers read the same batches; `tracin` chooses its own (`batch_size="auto"`): up
+  to 512 rows on the MLP, about the size given on the others.
 - **Error**: max |Δ| / max |score| against autograd in float64, one row at a time, on 8 train rows × 4 queries over all
   checkpoints; for `top_k` on the list of one query, for `self_influence` on the 8 rows. Float32 allows about 1e-6.
 - `self_influence` reads no queries: its floor is the pass over the train rows alone.

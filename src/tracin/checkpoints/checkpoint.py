@@ -16,7 +16,7 @@ from tracin.checkpoints.names import COMPILED, bare
 from tracin.checkpoints.reading import Snapshot, find_state, log, read_state, snapshot, tidy
 from tracin.errors import CheckpointError, OptionError, RateError
 
-__all__ = ["WEIGHTINGS", "Checkpoint", "whole_number"]
+__all__ = ["WEIGHTINGS", "Checkpoint", "step_number"]
 
 WEIGHTINGS = ("learning_rate", "integrated", "uniform")
 FIELDS = {"learning_rate": "learning_rate", "integrated": "learning_rate_sum"}
@@ -60,7 +60,7 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         if self.step is not None:
-            object.__setattr__(self, "step", whole_number(self.step))
+            object.__setattr__(self, "step", step_number(self.step))
         for name in ("learning_rate", "learning_rate_sum"):
             object.__setattr__(self, name, _as_rate(getattr(self, name), f"{self.name}: {name}"))
         if isinstance(self.state, Mapping):
@@ -173,7 +173,7 @@ class Checkpoint:
         return rate
 
 
-def whole_number(step: Any) -> int:
+def step_number(step: Any) -> int:
     """A training step as an int, whatever kind of integer it came as."""
     try:
         if not isinstance(step, bool):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tracin.checkpoints.checkpoint import whole_number
+from tracin.checkpoints.checkpoint import step_number
 from tracin.checkpoints.names import COMPILED
 from tracin.checkpoints.reading import EXTRA_STATE, HEADER, log, require_tensor, storage_place
 from tracin.checkpoints.record import Record, file_name, layout_fingerprint, read_record
@@ -125,7 +125,7 @@ class CheckpointRecorder:
             raise CheckpointError(
                 "CheckpointRecorder.save: it is closed and saw no more steps. Make a new one."
             )
-        step = whole_number(step)
+        step = step_number(step)
         if step < 0:
             raise CheckpointError(f"CheckpointRecorder.save: step is {step}: count from 0 on.")
         tensors, aliases = self._state()
