@@ -45,7 +45,7 @@ STUDIES = {
     ),
     "resnet": Study(
         "ResNet with BatchNorm",
-        f"--model resnet --rate 0.2 --epochs 5 --checkpoints 4 --methods {TRACIN} {FORWARD} representer influence",
+        f"--model resnet --rate 0.1 --epochs 5 --checkpoints 4 --methods {TRACIN} {FORWARD} representer influence",
     ),
 }
 INTRODUCTION = """# Mislabelled data, measured
