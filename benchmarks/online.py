@@ -2,6 +2,7 @@
 
     python benchmarks/online.py --overhead                      ratios, interleaved, median over rounds
     python benchmarks/online.py --overhead --clock cpu          CPU seconds of one thread, for a busy machine
+    python benchmarks/online.py --profile                       where a step's time goes, and the least it can take
     python benchmarks/online.py --correlation                   Pearson by learning rate, on digits
     python benchmarks/online.py --overhead --correlation --write-docs    also docs/results/online.md and its figure
 
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from models import cnn
+from online_stages import profile, stage_table
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from workloads import FASHION, fashion
@@ -41,6 +43,7 @@ RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="OnlineTracIn beside plain training.")
     parser.add_argument("--overhead", action="store_true", help="measure seconds")
+    parser.add_argument("--profile", action="store_true", help="milliseconds of a step by stage")
     parser.add_argument("--correlation", action="store_true", help="first order against ideal")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads (1)")
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="cpu, with one thread")
@@ -99,12 +102,16 @@ class Training:
         optimizer.step()
 
 
+def training_of(options: argparse.Namespace) -> Training:
+    folder = options.data or FASHION
+    rows, queries = fashion(folder, "train", 2000), fashion(folder, "t10k", options.queries)
+    return Training(rows, queries, options.steps, options.batch)
+
+
 def overhead(options: argparse.Namespace) -> dict[str, Any]:
     """Interleaved rounds; each ratio is taken within its round. The ledger's construction is timed apart."""
     clock = CLOCKS[options.clock]
-    folder = options.data or FASHION
-    rows, queries = fashion(folder, "train", 2000), fashion(folder, "t10k", options.queries)
-    training = Training(rows, queries, options.steps, options.batch)
+    training = training_of(options)
     setup: dict[str, float] = {}
     found: dict[str, list[float]] = {"plain": [], "with queries": [], "ledger": []}
     states = {}
@@ -260,7 +267,26 @@ def page(found: dict[str, Any]) -> str:
             f"| {run['batch']} | {run['queries']} | {run['clock']} | {run['threads']} | {ms['plain']:.1f} | "
             f"{ms['with queries']:.1f} | {ms['ledger']:.1f} | {run['ratio']:.2f} | {run['range'][0]:.2f}–{run['range'][1]:.2f} |"
         )
+    for run in found.get("profile", []):
+        lines += [
+            "",
+            (
+                f"### Where a step's time goes: {run['batch']} rows, {run['queries']} queries, {run['clock']}, "
+                f"{run['threads']} thread{'s' if run['threads'] > 1 else ''}"
+            ),
+            "",
+            "`python benchmarks/online.py --profile --write-docs`. A stage is timed without the others that it calls.",
+            "",
+            *stage_table(run),
+        ]
     return "\n".join([*lines, ""])
+
+
+def entered(runs: list[dict[str, Any]], new: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs with a new one in place of that of the same kind."""
+    same = ("batch", "queries", "clock", "threads")
+    kept = [run for run in runs if any(run[key] != new[key] for key in same)]
+    return sorted([*kept, new], key=lambda run: [run[key] for key in same])
 
 
 def main() -> None:
@@ -270,9 +296,12 @@ def main() -> None:
     if options.overhead:
         new = overhead(options)
         print(json.dumps(new))
-        same = ("batch", "queries", "clock", "threads")
-        kept = [run for run in found.get("overhead", []) if any(run[key] != new[key] for key in same)]
-        found["overhead"] = sorted([*kept, new], key=lambda run: [run[key] for key in same])
+        found["overhead"] = entered(found.get("overhead", []), new)
+    if options.profile:
+        new = profile(training_of(options), CLOCKS[options.clock], options.rounds)
+        print("\n".join(stage_table(new)))
+        new |= {key: getattr(options, key) for key in ("batch", "queries", "clock", "threads")}
+        found["profile"] = entered(found.get("profile", []), new)
     if options.correlation:
         table = []
         for batch, steps in ((1, 2000), (32, 400)):

@@ -13,7 +13,14 @@ FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "docs/getting-started.md", "docs/influence-functions.md", "docs/projections.md"]
+    "document",
+    [
+        "README.md",
+        "docs/getting-started.md",
+        "docs/influence-functions.md",
+        "docs/projections.md",
+        "docs/gradient-index.md",
+    ],
 )
 def test_code_blocks_run_in_order(document, tmp_path, monkeypatch):
     blocks = FENCE.findall((ROOT / document).read_text(encoding="utf-8"))

@@ -65,9 +65,9 @@ def test_a_rate_of_zero_takes_its_checkpoint_out(case: Case) -> None:
 
 
 @some
-@pytest.mark.parametrize("memory", ["2GiB", 4000])
+@pytest.mark.parametrize("memory", ["2GiB", 12_000])
 def test_batches_that_go_by_the_model(case: Case, memory: Any) -> None:
-    """Under a bound of 4,000 bytes the batches have a few rows, else all rows fit into the first."""
+    """Under a bound of 12,000 bytes the batches have a few rows, else all rows fit into the first."""
     run = Run(case)
     found = run.ask("influence", run.train, run.queries, batch_size="auto", memory=memory)
     oracle.assert_close(found.values, truth(case.name).scores, 1e-10)
@@ -193,10 +193,10 @@ def test_pythons_random_state_stays() -> None:
 
 
 @some
-@pytest.mark.parametrize("memory", ["1KiB", "30KiB"])
-def test_little_memory_changes_no_score(case: Case, memory: str) -> None:
+@pytest.mark.usefixtures("smallest_tiles")
+def test_little_memory_changes_no_score(case: Case) -> None:
     run = Run(case)
-    options = {"batch_size": 3, "memory": memory}
+    options = {"batch_size": 3}
     expected = truth(case.name)
     oracle.assert_close(
         run.ask("influence", run.train, run.queries, **options).values, expected.scores, 1e-10

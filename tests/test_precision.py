@@ -13,6 +13,7 @@ import tracin
 from cases import BY_NAME, wave, wave_of
 from cases.table import normal
 from judged import PLAIN, M, N, Run, truth
+from tracin.errors import OptionError
 
 
 def test_bfloat16_accumulates_in_float32() -> None:
@@ -87,3 +88,144 @@ def test_more_than_one_precision(name: str, build: Any, loss: Any) -> None:
     with oracle.untouched(model):
         found = method.influence((train,), (queries,))
     oracle.assert_close(found.values, oracle.scores(*sides, PLAIN), 1e-5)
+
+
+class Twice(nn.Module):
+    """A convolution, and a layer that is called twice: the graph must show both uses under autocast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+        self.again, self.head = nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.first(x)).tanh().flatten(1)
+        return self.head(self.again(self.again(x).tanh()).tanh())
+
+
+class Recurrent(nn.Module):
+    """Tokens through a GRU, which goes by vmap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.body = nn.Embedding(9, 4), nn.GRU(4, 5, batch_first=True)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, index: Tensor) -> Tensor:
+        return self.head(self.body(self.words(index))[0][:, -1])
+
+
+def _pictures(n: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(n)
+    return torch.randn(n, 1, 4, 4, generator=generator), torch.randint(0, 3, (n,), generator=generator)
+
+
+def _sentences(n: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(n)
+    return torch.randint(0, 9, (n, 6), generator=generator), torch.randint(0, 3, (n,), generator=generator)
+
+
+CAST = {"twice": (Twice, _pictures), "recurrent": (Recurrent, _sentences)}
+
+
+def _cast(
+    name: str, loss: Any = tracin.losses.cross_entropy, **options: Any
+) -> tuple[tracin.TracInCP, Any, list]:
+    build, data = CAST[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        models = [build() for _ in range(3)]
+    checkpoints = [
+        tracin.Checkpoint(model.state_dict(), learning_rate=rate)
+        for model, rate in zip(models, PLAIN, strict=False)
+    ]
+    options = {"batch_size": 3, "device": "cpu", "progress": False, **options}
+    method = tracin.TracInCP(tracin.Task(models[-1], loss), tracin.Trajectory(checkpoints[:2]), **options)
+    return method, data, [model.state_dict() for model in models[:2]]
+
+
+def _judged(name: str, states: list) -> Tensor:
+    build, data = CAST[name]
+    sides = [
+        oracle.trajectory_gradients(
+            build().double(), tracin.losses.cross_entropy, _double(data(n)), [_double(s) for s in states]
+        )
+        for n in (N, M)
+    ]
+    return oracle.scores(*sides, PLAIN[:2])
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _double(entry) for key, entry in value.items()}
+    return tuple(_double(entry) for entry in value)
+
+
+@pytest.mark.parametrize("name", CAST)
+def test_autocast_is_near_and_float32_exact(name: str) -> None:
+    expected = None
+    for precision, tolerance in (("float32", 1e-5), ("bfloat16", 3e-2)):
+        method, data, states = _cast(name, precision=precision)
+        expected = _judged(name, states) if expected is None else expected
+        with oracle.untouched(method.task.model):
+            found = method.influence(data(N), data(M))
+        assert found.values.dtype == torch.float32
+        assert found.provenance["precision"] == precision
+        oracle.assert_close(found.values, expected, tolerance, precision)
+    with pytest.raises(AssertionError, match="off by"):
+        oracle.assert_close(found.values, expected, 1e-5, "bfloat16 rounds")
+
+
+@pytest.mark.parametrize("name", CAST)
+def test_autocast_takes_the_same_routes(name: str) -> None:
+    """Casts between a parameter and its layer do not send it the slow way."""
+    routes = []
+    for precision in ("float32", "bfloat16"):
+        method, data, _ = _cast(name, precision=precision)
+        table = method.verify(data(N)).coverage
+        routes.append(table.by_route())
+    assert routes[0] == routes[1]
+    assert not any("row" in route and "rows" not in route for route in routes[1])
+
+
+@pytest.mark.parametrize("name", CAST)
+def test_all_verbs_under_autocast_agree(name: str) -> None:
+    method, data, _ = _cast(name, precision="bfloat16")
+    scores = method.influence(data(N), data(M)).values
+    top = method.top_k(data(N), data(M), k=3)
+    assert torch.equal(top.proponents.values, scores.topk(3).values)
+    own = method.self_influence(data(N)).values
+    square = method.influence(data(N), data(N)).values
+    assert own.dtype == torch.float32
+    oracle.assert_close(own, square.diagonal().double(), 1e-5, "self-influence")
+
+
+def test_verify_tells_the_error_of_the_rounding() -> None:
+    exact, data, _ = _cast("twice")
+    rough, _, _ = _cast("twice", precision="bfloat16")
+    low, high = exact.verify(data(N)), rough.verify(data(N))
+    assert low.max_relative_error < 1e-5, str(low)
+    assert 1e-3 < high.max_relative_error < 0.1, "against the model as it is, not against the same rounding"
+    assert high.exact
+    assert str(high).startswith("right to bfloat16: largest relative error")
+    assert "autograd without autocast" in str(high)
+    assert str(low).startswith("exact: ")
+
+
+def test_autocast_of_the_users_own_goes_the_same_way() -> None:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+            return tracin.losses.cross_entropy(model, batch)
+
+    for name in CAST:
+        ours, data, _ = _cast(name, precision="bfloat16")
+        theirs, _, _ = _cast(name, loss)
+        found = theirs.influence(data(N), data(M)).values
+        assert torch.equal(found, ours.influence(data(N), data(M)).values), name
+
+
+def test_an_unknown_precision_names_the_choices() -> None:
+    with pytest.raises(OptionError, match=r"precision is 'half'\. Choose one of float32, bfloat16\."):
+        _cast("twice", precision="half")

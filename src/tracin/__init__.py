@@ -3,6 +3,7 @@
 from tracin import errors
 from tracin.checkpoints import Checkpoint, CheckpointRecorder, Trajectory
 from tracin.gradients.projection import Projection
+from tracin.index.index import Index
 from tracin.methods import InfluenceFunctions, OnlineTracIn, RepresenterPoints, TracInCP
 from tracin.results import Scores, SelfInfluence, TopK
 from tracin.study import Study
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Checkpoint",
     "CheckpointRecorder",
+    "Index",
     "InfluenceFunctions",
     "OnlineTracIn",
     "Projection",

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from tracin.data import Batch, RowSource, describe_rows, to_device
+from tracin.data import Batch, RowSource, describe_rows, to_device, value_bytes
 from tracin.errors import DataError
 
 __all__ = ["Passes", "SteadyTake", "refuse_unsteady", "row_checksums", "same_checksums"]
@@ -65,10 +65,14 @@ class Passes:
     """What the first pass over some sources gave, batch by batch; a later pass must give the same."""
 
     def __init__(self) -> None:
-        self._seen: dict[tuple[str, int], Tensor] = {}
+        # One tensor per source: small ones that stay among large ones that go would pin the heap in pieces.
+        self._sums: dict[str, Tensor] = {}
+        self._seen: set[tuple[str, int]] = set()
 
     def check(self, rows: RowSource, batch: Batch) -> None:
         """Compare a batch with that of the pass before. Where the user's function collates, a new one is read twice.
+
+        A batch that came with its first row read once more is compared with that, too.
 
         Args:
             rows: The source.
@@ -77,16 +81,20 @@ class Passes:
         Raises:
             DataError: A row is another than before, or the collate function reorders rows.
         """
+        if batch.again is not None:
+            _refuse_changed(rows, batch)
         found = row_checksums(batch)
         if found is None:
             return
         key = (rows.name, batch.start)
+        sums = self._sums.setdefault(rows.name, torch.empty(len(rows), dtype=torch.float64))
+        seen = sums[batch.start : batch.start + batch.size]
         if key not in self._seen:
-            self._seen[key] = found
+            self._seen.add(key)
+            seen.copy_(found)
             if rows.collates:
                 refuse_unsteady(rows, batch)
             return
-        seen = self._seen[key]
         changed = (found != seen) & ~(found.isnan() & seen.isnan())
         if bool(changed.any()):
             raise DataError(
@@ -121,6 +129,23 @@ def refuse_unsteady(rows: RowSource, batch: Batch) -> None:
     raise DataError(_different(rows, batch.rows[int((~same).nonzero()[0])]))
 
 
+def _refuse_changed(rows: RowSource, batch: Batch) -> None:
+    """Refuse a batch whose first row was another when it was read again; rows of other shapes cannot be compared."""
+    first = pytree.tree_map(partial(_first, size=batch.size), batch.value)
+    shapes = [getattr(leaf, "shape", None) for leaf in pytree.tree_leaves(first)]
+    if shapes != [getattr(leaf, "shape", None) for leaf in pytree.tree_leaves(batch.again)]:
+        return
+    one = [batch.start]
+    there, back = (row_checksums(Batch(one, value), double=True) for value in (first, batch.again))
+    if there is not None and back is not None and not bool(same_checksums(there, back).all()):
+        raise DataError(_different(rows, batch.start))
+
+
+def _first(leaf: Any, size: int) -> Any:
+    per_row = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == size
+    return leaf[:1] if per_row else leaf
+
+
 class SteadyTake:
     """Takes rows of a source to a device, and refuses one that comes back different when it is taken again.
 
@@ -132,10 +157,16 @@ class SteadyTake:
     def __init__(self, rows: RowSource, device: torch.device) -> None:
         self._rows, self._device = rows, device
         self._seen: dict[int, Tensor] = {}
+        self.row_bytes: int | None = 0  # the most that a row took; None: cannot be told
 
     def __call__(self, rows: Sequence[int]) -> Any:
         """A batch of these rows on the device."""
         value = self._rows.take(rows)
+        size = value_bytes(value)
+        if self.row_bytes is None or size is None:
+            self.row_bytes = None
+        else:
+            self.row_bytes = max(self.row_bytes, -(-size // len(rows)))
         found = row_checksums(Batch(rows, value), double=True)
         for row, mine in zip(rows, found if found is not None else (), strict=found is not None):
             if not bool(same_checksums(mine, self._seen.setdefault(row, mine))):

@@ -6,14 +6,16 @@ the same order and with the same content on every pass: what cannot promise that
 A batch is whatever the user's loss takes. From a tuple or dict of tensors it is the same structure of
 slices (copies, so that an in-place transform in the model cannot reach the user's data); from a dataset
 it is what ``collate`` makes of the rows; from a loader it is what the loader yields.
+
+Datasets, and loaders without workers, are read ahead in a background thread (``prefetch``), and never by two threads at
+a time. A loader with workers, or of a class of its own, reads its own way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from contextlib import closing
+from itertools import accumulate
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -21,7 +23,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, default_collate
 
-from tracin.errors import DataError, OptionError, TracinError, UserCodeError
+from tracin.batch import Batch, describe_rows, in_pinned_memory, to_device, user_code, value_bytes
+from tracin.errors import DataError, OptionError
+from tracin.prefetch import Reader, reading
 
 __all__ = [
     "AUTO_ROWS",
@@ -34,6 +38,7 @@ __all__ = [
     "rows_per_batch",
     "to_device",
     "user_code",
+    "value_bytes",
 ]
 
 
@@ -44,24 +49,6 @@ BatchSize = int | Literal["auto"]
 AUTO_ROWS = 256
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Some rows of a data source, by position, and the batch of them that the user's loss takes."""
-
-    rows: Sequence[int]
-    value: Any
-
-    @property
-    def start(self) -> int:
-        """Position of the first row."""
-        return self.rows[0]
-
-    @property
-    def size(self) -> int:
-        """Number of rows."""
-        return len(self.rows)
-
-
 @runtime_checkable
 class RowSource(Protocol):
     """A data source with a known number of rows and a fixed order."""
@@ -69,13 +56,16 @@ class RowSource(Protocol):
     name: str
     sizes: Sequence[int]
     collates: bool  # whether the user's own function makes the batches, which may reorder their rows
+    decodes: bool  # whether the user's code makes the rows each time they are read
+    rereads: bool  # set it: some rows are read twice in the first pass, so that data that changes shows
+    pinned: bool  # whether batches lie in page-locked memory, from which a GPU copies while others compute
 
     def __len__(self) -> int:
         """Number of rows."""
         ...
 
-    def batches(self) -> Iterator[Batch]:
-        """One pass over all rows in order."""
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        """One pass in order over the batches that begin at row ``start`` or later, and before ``stop``."""
         ...
 
     def take(self, rows: Sequence[int]) -> Any:
@@ -86,40 +76,13 @@ class RowSource(Protocol):
         """Batch the rows by these sizes where they were opened with ``"auto"``; else nothing changes."""
         ...
 
+    def spans(self, start: int = 0, stop: int | None = None) -> list[range]:
+        """The rows of the batches that begin from ``start`` on and before ``stop``."""
+        ...
 
-@contextmanager
-def user_code(what: str, rows: Sequence[int], where: str = "") -> Iterator[None]:
-    """Turn an exception of the user's code into a ``UserCodeError`` that names rows and checkpoint.
-
-    Args:
-        what: Whose code runs, such as ``"the loss"``.
-        rows: Positions of the rows in work.
-        where: The checkpoint and data source, for the message.
-
-    Raises:
-        TracinError: Ours, unchanged.
-        UserCodeError: From any other exception.
-    """
-    try:
-        yield
-    except TracinError:
-        raise
-    except Exception as error:
-        place = f" at {where}" if where else ""
-        raise UserCodeError(
-            f"{what} raised {type(error).__name__} on {describe_rows(rows)}{place}: {error}"
-        ) from error
-
-
-def describe_rows(rows: Sequence[int]) -> str:
-    """``"row 3"``, ``"rows 0-99"`` or a short list."""
-    rows = list(dict.fromkeys(rows))
-    if len(rows) == 1:
-        return f"row {rows[0]}"
-    if rows and rows == list(range(rows[0], rows[0] + len(rows))):
-        return f"rows {rows[0]}-{rows[-1]}"
-    shown = ", ".join(str(row) for row in rows[:5])
-    return f"rows {shown}{', …' if len(rows) > 5 else ''}"
+    def close(self) -> None:
+        """End what still reads ahead."""
+        ...
 
 
 def require_batch_size(batch_size: Any) -> BatchSize:
@@ -156,24 +119,24 @@ class _Resizable:
 
     sizes: Sequence[int]
     automatic: bool
+    pinned = rereads = False
 
     def resize(self, first: int, rest: int) -> None:
         if self.automatic:
             n = sum(self.sizes)
             self.sizes = [min(first, n), *_even_sizes(n - min(first, n), rest)]
 
-
-def _starts(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
-    start = 0
-    for size in sizes:
-        yield start, size
-        start += size
+    def spans(self, start: int = 0, stop: int | None = None) -> list[range]:
+        """The rows of the batches that begin from ``start`` on and before ``stop``."""
+        ends = [*accumulate(self.sizes)]
+        every = [range(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
+        return [rows for rows in every if rows.start >= start and (stop is None or rows.start < stop)]
 
 
 class _TensorRows(_Resizable):
     """A pytree of tensors that share their first dimension."""
 
-    collates = False
+    collates = decodes = False
 
     def __init__(self, value: Any, batch_size: BatchSize, name: str) -> None:
         self.name, self.automatic = name, batch_size == "auto"
@@ -205,45 +168,84 @@ class _TensorRows(_Resizable):
     def __len__(self) -> int:
         return self._n
 
-    def batches(self) -> Iterator[Batch]:
-        for start, size in _starts(self.sizes):
-            leaves = [leaf[start : start + size].clone() for leaf in self._leaves]
-            yield Batch(range(start, start + size), pytree.tree_unflatten(leaves, self._spec))
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        for rows in self.spans(start, stop):
+            leaves = [self._copied(leaf[rows.start : rows.stop]) for leaf in self._leaves]
+            yield Batch(rows, pytree.tree_unflatten(leaves, self._spec))
+
+    def _copied(self, part: Tensor) -> Tensor:
+        plain = part.device.type == "cpu" and part.layout is torch.strided and not part.is_pinned()
+        return in_pinned_memory(part) if self.pinned and plain else part.clone()
 
     def take(self, rows: Sequence[int]) -> Any:
         index = torch.as_tensor(list(rows), dtype=torch.int64)
         leaves = [leaf.index_select(0, index.to(leaf.device)) for leaf in self._leaves]
         return pytree.tree_unflatten(leaves, self._spec)
 
+    def close(self) -> None:
+        """Nothing reads ahead."""
+
+
+class _Rereading:
+    """Which rows are read a second time: each once, the first of every batch while they are few, later one in fifty."""
+
+    FEW, EVERY = 64, 50
+
+    def __init__(self) -> None:
+        self._asked: set[int] = set()
+        self._last = 0
+
+    def due(self, row: int) -> bool:
+        if row in self._asked or (len(self._asked) >= self.FEW and row - self._last < self.EVERY):
+            return False
+        self._asked.add(row)
+        self._last = row
+        return True
+
 
 class _DatasetRows(_Resizable):
     """A map-style dataset, batched here."""
 
-    automatic = False
+    automatic, decodes = False, True
 
     def __init__(self, dataset: Any, sizes: Sequence[int], collate: Callable[[list], Any], name: str) -> None:
         self.name, self.sizes, self._dataset, self._collate = name, sizes, dataset, collate
         self.collates = collate is not default_collate
         self._n = sum(sizes)
+        self._reader: Reader[range, Batch] = Reader(self._batch, f"tracin reads {name}")
+        self._rereading = _Rereading()
 
     def __len__(self) -> int:
         return self._n
 
-    def batches(self) -> Iterator[Batch]:
-        for start, size in _starts(self.sizes):
-            yield Batch(range(start, start + size), self.take(range(start, start + size)))
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        with closing(self._reader.each(self.spans(start, stop))) as batches:
+            yield from batches
+
+    def close(self) -> None:
+        self._reader.close()
 
     def take(self, rows: Sequence[int]) -> Any:
         rows = list(rows)
         many: Any = getattr(self._dataset, "__getitems__", None)
         items: list[Any]
-        if many is not None:
-            with user_code(f"the {self.name} dataset", rows):
-                items = [*many(rows)]
-        else:
-            items = [self._item(row) for row in rows]
-        with user_code(f"the collate function of {self.name}", rows):
-            return self._collate(items)
+        with reading():
+            if many is not None:
+                with user_code(f"the {self.name} dataset", rows):
+                    items = [*many(rows)]
+            else:
+                items = [self._item(row) for row in rows]
+            with user_code(f"the collate function of {self.name}", rows):
+                return self._collate(items)
+
+    def _batch(self, rows: range) -> Batch:
+        value = self._read(rows)
+        due = self.rereads and not self.collates and self._rereading.due(rows.start)
+        again = self.take(rows[:1]) if due else None
+        return Batch(rows, pytree.tree_map(in_pinned_memory, value) if self.pinned else value, again)
+
+    def _read(self, rows: Sequence[int]) -> Any:
+        return self.take(rows)
 
     def _item(self, row: int) -> Any:
         with user_code(f"the {self.name} dataset", [row]):
@@ -251,30 +253,45 @@ class _DatasetRows(_Resizable):
 
 
 class _LoaderRows(_DatasetRows):
-    """A data loader in order, with its own batches and workers."""
+    """A data loader in order, with its own batches."""
 
     def __init__(self, loader: DataLoader, sizes: Sequence[int], name: str) -> None:
         super().__init__(loader.dataset, sizes, loader.collate_fn, name)
         self._loader = loader
+        # What such a loader does with the rows is known, so that it can be done ahead of time.
+        self._plain = type(loader) is DataLoader and loader.num_workers == 0 and not loader.pin_memory
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        if self._plain:
+            yield from super().batches(start, stop)
+            return
         generator = self._loader.generator
         state = None if generator is None else generator.get_state()
         try:
             iterator = iter(self._loader)
-            for start, size in _starts(self.sizes):
-                with user_code(f"the {self.name} loader", range(start, start + size)):
-                    try:
-                        value = next(iterator)
-                    except StopIteration:
-                        raise DataError(
-                            f"the {self.name} loader ended at row {start} of {len(self)}: its length and its batches "
-                            "disagree. Pass the dataset itself."
-                        ) from None
-                yield Batch(range(start, start + size), value)
+            for rows in self.spans(0, stop):
+                with user_code(f"the {self.name} loader", rows), reading():
+                    value = self._next(iterator, rows)
+                if rows.start >= start:
+                    yield Batch(rows, value)
         finally:
             if generator is not None and state is not None:
                 generator.set_state(state)
+
+    def _next(self, iterator: Iterator[Any], rows: range) -> Any:
+        try:
+            return next(iterator)
+        except StopIteration:
+            raise DataError(
+                f"the {self.name} loader ended at row {rows.start} of {len(self)}: its length and its batches disagree. "
+                "Pass the dataset itself."
+            ) from None
+
+    def _read(self, rows: Sequence[int]) -> Any:
+        many: Any = getattr(self._dataset, "__getitems__", None)
+        with user_code(f"the {self.name} loader", rows), reading():
+            items = [self._dataset[row] for row in rows] if many is None else many([*rows])
+            return self._collate(items)
 
 
 def _loader_sizes(loader: DataLoader, name: str) -> list[int]:
@@ -348,24 +365,3 @@ def open_rows(
     if len(rows) == 0:
         raise DataError(f"{name} is empty: at least one row is needed.")
     return rows
-
-
-def to_device(value: Any, device: torch.device, *, copy: bool = False) -> Any:
-    """The batch with its tensors on ``device``; anything else that has ``.to`` is asked to move itself.
-
-    Args:
-        value: A batch.
-        device: Where its tensors go.
-        copy: Copy tensors that are there already, because the batch is used again and a model may write into it.
-
-    Returns:
-        The batch.
-    """
-    return pytree.tree_map(partial(_moved, device=device, copy=copy), value)
-
-
-def _moved(leaf: Any, device: torch.device, copy: bool) -> Any:
-    if isinstance(leaf, Tensor):
-        return leaf.to(device, non_blocking=True, copy=copy)
-    mover = getattr(leaf, "to", None)
-    return mover(device) if callable(mover) else leaf

@@ -12,8 +12,10 @@
     ├── NotFiniteError (ArithmeticError)  a NaN or an infinity in a loss or a gradient
     ├── ConvergenceError (ArithmeticError)  a solver stopped before its tolerance, or diverged
     ├── ResultError (ValueError)      a saved result cannot be read
+    ├── IndexFolderError (RuntimeError)  an index is missing, damaged, of another model, or cannot be written
     ├── StudyError (ValueError)       a study file is missing or lacks ``study()``
     ├── LoopError (RuntimeError)      a training loop does what a ledger cannot follow
+    ├── MemoryLimitError (MemoryError)  a run needs more than ``memory=`` allows
     ├── MissingExtraError (ImportError)   an optional package is not installed
     └── UserCodeError (RuntimeError)  an exception inside the user's model, loss or dataset
 
@@ -27,8 +29,10 @@ __all__ = [
     "ConvergenceError",
     "DataError",
     "IncompleteLedgerWarning",
+    "IndexFolderError",
     "LoopError",
     "LossError",
+    "MemoryLimitError",
     "MissingExtraError",
     "ModelError",
     "NotFiniteError",
@@ -81,12 +85,20 @@ class ResultError(TracinError, ValueError):
     """A saved result cannot be read."""
 
 
+class IndexFolderError(TracinError, RuntimeError):
+    """An index is missing, damaged, of another model or data, or cannot be written."""
+
+
 class StudyError(TracinError, ValueError):
     """A study file is missing, or does not define ``study() -> tracin.Study``."""
 
 
 class LoopError(TracinError, RuntimeError):
     """A training loop does what ``OnlineTracIn`` cannot follow: a step without ids, a gradient from elsewhere."""
+
+
+class MemoryLimitError(TracinError, MemoryError):
+    """A run would hold more than ``memory=`` allows; the message says what would fit, and what it costs."""
 
 
 class MissingExtraError(TracinError, ImportError):

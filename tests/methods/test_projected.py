@@ -92,7 +92,7 @@ def test_a_size_that_covers_the_model_gives_the_exact_scores() -> None:
 
 def test_batches_and_memory_change_nothing() -> None:
     expected = method(projection=20).influence(rows(N, 1), rows(M, 2)).values
-    for options in ({"batch_size": 1}, {"batch_size": 100}, {"memory": "1kB"}, {"batch_size": "auto"}):
+    for options in ({"batch_size": 1}, {"batch_size": 100}, {"memory": "8kB"}, {"batch_size": "auto"}):
         found = method(projection=20, **options).influence(rows(N, 1), rows(M, 2)).values
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
 

@@ -115,9 +115,11 @@ def test_rates_per_parameter_where_a_pair_goes_row_by_row() -> None:
     )
 
 
-@pytest.mark.parametrize("memory", ["2GiB", "1kB"])
-def test_normalize_is_a_sum_of_cosines(memory: str) -> None:
-    found = method(normalize=True, memory=memory).influence(rows(N, 1), rows(M, 2)).values
+@pytest.mark.parametrize("small", [False, True])
+def test_normalize_is_a_sum_of_cosines(small: bool, request: pytest.FixtureRequest) -> None:
+    if small:
+        request.getfixturevalue("smallest_tiles")
+    found = method(normalize=True).influence(rows(N, 1), rows(M, 2)).values
     oracle.assert_close(found, truth(RATES, oracle.normalized_scores), 1e-12)
     assert float(found.abs().max()) <= sum(RATES) + 1e-12
 

@@ -27,7 +27,13 @@ def gradients() -> list[Any]:
     return [oracle.trajectory_gradients(net(0), loss, side, states) for side in (rows(N, 1), rows(M, 2))]
 
 
-@pytest.mark.parametrize("memory", ["2GiB", "4kB", "1kB", "1B"])
+@pytest.mark.usefixtures("smallest_tiles")
+@pytest.mark.parametrize("normalize", [False, True])
+def test_one_batch_of_queries_at_a_time_gives_the_same_numbers(normalize: bool) -> None:
+    test_tiles_of_queries_give_the_same_numbers("2GiB", normalize)
+
+
+@pytest.mark.parametrize("memory", ["2GiB", "4kB"])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_tiles_of_queries_give_the_same_numbers(memory: str, normalize: bool) -> None:
     found = method(memory=memory, batch_size=2, normalize=normalize).influence(rows(N, 1), rows(M, 2))
@@ -95,17 +101,29 @@ class Counted(Dataset):
         return found.pop()
 
 
-@pytest.mark.parametrize("memory", ["2GiB", "1kB", "1B"])
-def test_passes_are_as_many_as_planned(memory: str) -> None:
+def test_rows_that_fit_in_memory_are_made_once() -> None:
     train, queries = Counted(N, 1), Counted(3 * M, 2)
-    chosen = method(memory=memory)
+    method().influence(train, queries)
+    assert train.passes() == 1
+    train.batches.clear()
+    method().self_influence(train)
+    assert train.passes() == 1
+
+
+@pytest.mark.usefixtures("read_again")
+@pytest.mark.parametrize("small", [False, True])
+def test_passes_are_as_many_as_planned(small: bool, request: pytest.FixtureRequest) -> None:
+    if small:
+        request.getfixturevalue("smallest_tiles")
+    train, queries = Counted(N, 1), Counted(3 * M, 2)
+    chosen = method()
     planned = chosen.plan(train, queries).passes
     train.batches.clear()
     queries.batches.clear()
     chosen.influence(train, queries)
     assert train.passes() == planned
-    assert queries.passes() == len(RATES), "queries are read once per checkpoint"
-    if memory == "2GiB":
+    assert queries.passes() == 1, "queries that fit in memory are made once"
+    if not small:
         assert planned == len(RATES)
     else:
         assert planned > len(RATES), (
@@ -113,6 +131,7 @@ def test_passes_are_as_many_as_planned(memory: str) -> None:
         )
 
 
+@pytest.mark.usefixtures("read_again")
 def test_self_influence_reads_once_per_checkpoint() -> None:
     train = Counted(N, 1)
     method().self_influence(train)
@@ -161,10 +180,11 @@ def test_the_bar_is_told_of_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
         def __exit__(self, *_: object) -> None: ...
 
     monkeypatch.setattr(passes, "progress", lambda label, total, show: Bar(total))
-    for memory in (2 << 30, 1):
-        with run(memory=memory, batch_size=2) as found:
+    for budget in (2 << 30, 0):
+        monkeypatch.setattr(passes, "query_budget", lambda *_, most=budget: most)
+        with run(batch_size=2) as found:
             influence(found)
-        assert bars[-1].done == bars[-1].total, f"memory {memory}: {bars[-1].done} of {bars[-1].total} rows"
+        assert bars[-1].done == bars[-1].total, f"budget {budget}: {bars[-1].done} of {bars[-1].total} rows"
     with run(queries=False) as found:
         self_influence(found)
     assert bars[-1].done == bars[-1].total == 2 * N
@@ -187,6 +207,7 @@ class Drifting(Dataset):
         return [(self.x[at] + change * (at == self.row), self.y[at]) for at in chosen]
 
 
+@pytest.mark.usefixtures("read_again")
 @pytest.mark.parametrize("row", [5, 9])
 @pytest.mark.parametrize("verb", ["influence", "self_influence"])
 def test_a_row_that_changes_between_passes_is_named(verb: str, row: int) -> None:

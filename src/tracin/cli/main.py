@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from tracin.cli import commands, demo, options, study
+from tracin.cli import commands, demo, index, index_options, options, parsing, study
 from tracin.cli.printing import clean
 from tracin.errors import TracinError, UserCodeError
 
@@ -55,8 +55,13 @@ def _run(args: list[str] | None) -> int:
         options.Verify: commands.verify,
         options.Plan: commands.plan,
         options.StudyRun: study.run,
+        index_options.Build: index.build,
+        index_options.Append: index.append,
+        index_options.Query: index.query,
+        index_options.Inside: index.info,
+        index_options.Check: index.verify,
     }
-    command = options.parse(args)
+    command = parsing.parse(args)
     with _plain_warnings():
         return runs[type(command)](command)
 

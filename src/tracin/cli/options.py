@@ -14,7 +14,7 @@ from tracin.evaluation.mislabelled.design import SHARES
 from tracin.methods import TracInCP
 from tracin.study import Study
 
-__all__ = ["Audit", "Command", "Demo", "Explain", "Output", "Plan", "Settings", "StudyRun", "Verify", "parse"]
+__all__ = ["Audit", "Demo", "Explain", "Output", "Plan", "Settings", "StudyFile", "StudyRun", "Verify"]
 
 Format = Literal["csv", "parquet", "json"]
 Flip = Literal["random", "hardest"]
@@ -259,14 +259,3 @@ class StudyRun:
 
     debug: bool = False
     """Show the whole traceback of an error."""
-
-
-Command = Demo | Audit | Explain | Verify | Plan | Annotated[StudyRun, tyro.conf.subcommand("study")]
-
-_SUMMARY = "Trace the predictions of a PyTorch model back to the training rows that taught them."
-
-
-def parse(args: list[str] | None = None) -> Command:
-    """The command of an argument list; tyro prints help and mistakes and exits."""
-    commands = Annotated[Command, tyro.conf.FlagCreatePairsOff]
-    return tyro.cli(commands, prog="tracin", description=_SUMMARY, args=args)

@@ -118,9 +118,9 @@ class Dense:
             )
         if len(set(rates)) == 1:
             return replace(self, values=self.values * rates[0])
-        sizes = torch.tensor(self.splits, device=self.values.device)
-        per_entry = self.values.new_tensor(list(rates)).repeat_interleave(sizes)
-        return replace(self, values=self.values * per_entry)
+        sizes = self.splits or (self.size,)
+        filled = [self.values.new_full((size,), rate) for size, rate in zip(sizes, rates, strict=True)]
+        return replace(self, values=self.values * torch.cat(filled))
 
     def weighted(self, weights: Tensor) -> Dense:
         return replace(self, values=self.values * weights.to(self.values.dtype)[:, None])
@@ -291,11 +291,11 @@ class Rows:
         n, t, o = self.d.shape
         offset = torch.arange(n, device=self.index.device)[:, None] * self.length
         table = values.view(n * self.length, o)
-        table.index_add_(0, (self.index + offset).reshape(-1), self.d.reshape(n * t, o))
+        _add_rows(table, (self.index + offset).reshape(-1), self.d.reshape(n * t, o))
 
     def total(self) -> Float[Tensor, " p"]:
         table = self.d.new_zeros(self.length, self.d.shape[2])
-        return table.index_add_(0, self.index.reshape(-1), self.d.flatten(0, 1)).reshape(-1)
+        return _add_rows(table, self.index.reshape(-1), self.d.flatten(0, 1)).reshape(-1)
 
     def scaled(self, rates: Sequence[float]) -> Rows:
         (rate,) = rates
@@ -352,6 +352,14 @@ class Sum:
 
     def rows(self, start: int, stop: int) -> Sum:
         return Sum(tuple(part.rows(start, stop) for part in self.parts))
+
+
+def _add_rows(table: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """Add rows to a table in place, in an order that is the same on every run."""
+    if table.device.type == "cuda":
+        # By sorting, where index_add_ adds in the order in which threads arrive.
+        return table.index_put_((index,), values, accumulate=True)
+    return table.index_add_(0, index, values)
 
 
 def _total_in_tiles(block: Block) -> Float[Tensor, " p"]:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 
+from tracin.gradients.precision import current_cast
+
 __all__ = ["Call", "Tape", "recording", "tensors"]
 
 
@@ -31,6 +33,7 @@ class Call:
     shapes: tuple[torch.Size, ...]
     positions: tuple[int, ...]
     versions: tuple[tuple[Tensor, int], ...]
+    cast: torch.dtype | None = None  # what autocast went to around the call
 
     def intact(self) -> bool:
         """Whether the inputs still hold what the module read (no later in-place change)."""
@@ -101,6 +104,7 @@ class _Recorder:
             shapes=tuple(leaf.shape for _, leaf in marked),
             positions=tuple(at for at, _ in marked),
             versions=versions,
+            cast=current_cast(marked[0][1].device.type),
         )
         self.tape.calls.setdefault(self.site, []).append(call)
 

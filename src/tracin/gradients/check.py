@@ -219,6 +219,7 @@ def checked_gradients(
         found = batch_gradients(source, keys, batch, value, traced, against=pending, keep_graph=keep_graph)
         if found.in_place and not any(bool(gradient.any()) for gradient in found.truth.values()):
             return found
+        source.deferred = False
         value = source.take(batch.rows)  # the model may have written into the batch
         if found.in_place:
             names = set(wiring.pending)

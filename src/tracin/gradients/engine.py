@@ -76,6 +76,7 @@ class Source:
     found: Wiring | None = None
     irregular: dict[str, set[int]] = field(default_factory=dict)
     mend: str = "leave the checkpoint out"
+    deferred: bool = False  # somebody else looks for losses and embeddings that are not finite
 
     @property
     def dtype(self) -> torch.dtype:
@@ -97,7 +98,13 @@ class Source:
     def run(self, value: object, rows: Sequence[int]) -> Tensor:
         """The losses of a batch, held to the contract."""
         return row_losses(
-            lambda _, given: self.root(given), self.root.model, value, rows, self.where, self.mend
+            lambda _, given: self.root(given),
+            self.root.model,
+            value,
+            rows,
+            self.where,
+            self.mend,
+            look=not self.deferred,
         )
 
     def take(self, rows: Sequence[int]) -> object:
@@ -325,7 +332,8 @@ def batch_gradients(
     source.went_by_row(failed, batch.rows)
     blocks |= _shared_blocks(graph, places, back.places, batch.size, traced)
     by_row = _by_row_blocks(source, keys, batch, slow | failed, traced)
-    _refuse_not_finite(blocks | by_row, batch, source)
+    if not source.deferred:
+        _refuse_not_finite(blocks | by_row, batch, source)
     return BatchGradients(losses if keep_graph else losses.detach(), blocks | by_row, back.parameters, stay)
 
 

@@ -5,7 +5,8 @@ For a call y = f(θ, x) of a module with δ = ∂(Σ_n ℓ_n)/∂y known from th
     g_n = (∂f(θ_n, x_n)/∂θ_n)ᵀ δ_n ,   θ_n = θ
 
 with the parameters expanded per row (a view), since recurrent modules have no batching rule otherwise. A row is given
-to the module with its entries on the axis where they stood, so the module sees a batch of that row alone.
+to the module with its entries on the axis where they stood, so the module sees a batch of that row alone, under the
+autocast that the call was made under.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from tracin.gradients.capture import Call
 from tracin.gradients.layout import Layout, from_rows, to_rows
+from tracin.gradients.precision import autocast
 
 __all__ = ["CallLayout", "gradients"]
 
@@ -89,12 +91,15 @@ class _OneRow:
         self._module = module
         self._outputs = [layout.outputs[at] for at in used]
         self._positions = [call.positions[at] for at in used]
+        self._cast = call.cast
 
     def forward(
         self, others: dict[str, Tensor], args: tuple, kwargs: dict[str, Any], values: dict[str, Tensor]
     ) -> tuple[Tensor, ...]:
         """The recorded outputs as a function of the parameters."""
-        outputs = pytree.tree_leaves(functional_call(self._module, {**others, **values}, args, kwargs))
+        device = next(iter(values.values())).device.type
+        with autocast(device, self._cast):
+            outputs = pytree.tree_leaves(functional_call(self._module, {**others, **values}, args, kwargs))
         return tuple(outputs[position] for position in self._positions)
 
     def pull(

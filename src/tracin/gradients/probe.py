@@ -89,7 +89,8 @@ def probe_rows(
         more_losses = run(take([*rows, rows[0]]), [*rows, rows[0]])
     with recording(sites, everything) as back_tape:
         back_losses = run(take(rows[::-1]), rows[::-1])
-    dtype = coarsest([losses.dtype, *(p.dtype for p in root.model.parameters())])
+    cast = [] if root.cast is None else [root.cast[1]]
+    dtype = coarsest([losses.dtype, *cast, *(p.dtype for p in root.model.parameters())])
     refuse_mixing(losses, more_losses[:-1], rows, dtype)
     refuse_mixing(losses, back_losses.flip(0), rows, dtype)
     more_graph = walk(more_losses, traced)
@@ -111,7 +112,7 @@ def probe_rows(
         truth.append(reference.in_graph(losses, traced, row))
     dtype = coarsest([dtype, *(d.dtype for row in deltas for d in row.values() if d is not None)])
     totals = [
-        float(torch.stack([torch.linalg.vector_norm(g) for g in row.values()]).double().norm())
+        float(torch.stack([torch.linalg.vector_norm(g) for g in row.values()]).cpu().double().norm())
         for row in truth
     ]
     row_bytes = max(1, held_bytes(more_graph) - held_bytes(graph))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from tracin.gradients.capture import Call
 from tracin.gradients.layout import to_rows
 from tracin.gradients.local import CallLayout
 from tracin.gradients.movement import Mover
+from tracin.gradients.precision import autocast
 from tracin.gradients.rules import Rule
 from tracin.gradients.shared import SharedSite
 
@@ -26,16 +28,39 @@ LOSS = "(loss)"
 
 
 class LossModule(nn.Module):
-    """The user's loss as a module around the user's model, so that the loss is one more place to run vmap."""
+    """The user's loss as a module around the user's model, so that the loss is one more place to run vmap.
 
-    def __init__(self, model: nn.Module, losses_of: Callable[[nn.Module, Any], Any]) -> None:
+    Args:
+        model: The user's model.
+        losses_of: The user's loss.
+        cast: The device and dtype of the autocast to run both in; None: as they are.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        losses_of: Callable[[nn.Module, Any], Any],
+        cast: tuple[str, torch.dtype] | None = None,
+    ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.cast = model, cast
         self._losses_of = losses_of
 
     def forward(self, value: Any) -> Any:
         """What the user's loss returns for a batch; the caller holds it to the contract."""
-        return self._losses_of(self.model, value)
+        if self.cast is None:
+            return self._losses_of(self.model, value)
+        with autocast(*self.cast):
+            return self._losses_of(self.model, value)
+
+    @contextmanager
+    def as_it_is(self) -> Iterator[None]:
+        """Without the autocast, within the block."""
+        cast, self.cast = self.cast, None
+        try:
+            yield
+        finally:
+            self.cast = cast
 
 
 @dataclass(frozen=True)

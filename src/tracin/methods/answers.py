@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from tracin.results import Ranking, Scores, SelfInfluence, TopK
+from tracin.scoring.aggregate import Groups
 from tracin.scoring.top_k import Lists
 from tracin.shapes import Float
 
-__all__ = ["scores_result", "self_influence_result", "top_k_result"]
+__all__ = ["aggregate_result", "scores_result", "self_influence_result", "top_k_result"]
 
 ELSEWHERE = "TracInCP(normalize=True) compares the directions of gradients instead of their lengths."
 
@@ -31,6 +32,30 @@ def scores_result(values: Float[Tensor, "q n"], record: Mapping[str, Any]) -> Sc
     return Scores(
         values=values, train_ids=torch.arange(n), query_ids=torch.arange(q), provenance=dict(record)
     )
+
+
+def aggregate_result(
+    values: Float[Tensor, "g n"], groups: Groups, record: Mapping[str, Any], by: Any, reduction: str
+) -> Scores:
+    """Scores of all train rows in order for all groups in order.
+
+    Args:
+        values: The scores.
+        groups: The groups of the validation rows.
+        record: What they were made from.
+        by: What the user gave.
+        reduction: ``"mean"`` or ``"sum"``.
+
+    Returns:
+        The result; its query ids are the groups' labels.
+    """
+    told = {
+        "by": by if by is None or isinstance(by, str) else "given",
+        "reduction": reduction,
+        "group_sizes": groups.sizes.tolist(),
+    }
+    ids = torch.arange(values.shape[1])
+    return Scores(values=values, train_ids=ids, query_ids=groups.labels, provenance={**record, **told})
 
 
 def self_influence_result(values: Float[Tensor, " n"], record: Mapping[str, Any]) -> SelfInfluence:

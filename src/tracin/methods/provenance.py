@@ -42,6 +42,7 @@ def provenance(run: Run, *, method: str, verb: str, scale: str, seed: int | None
         "weighting": settings.weighting,
         "normalize": settings.normalize,
         "dtype": str(run.dtype).removeprefix("torch."),
+        "precision": settings.precision,
         "device": str(run.loaded.device),
         "seed": seed,
         "scale": scale,

@@ -9,11 +9,13 @@ import torch
 
 from tracin.data import BatchSize, require_batch_size
 from tracin.errors import OptionError
+from tracin.gradients.precision import PRECISIONS
 from tracin.gradients.projection import Projection
+from tracin.scoring.fits import VERBS
 from tracin.scoring.run import WEIGHTINGS, Settings, parse_memory
 from tracin.tasks import Task
 
-__all__ = ["checked_settings", "require_task"]
+__all__ = ["check_verb", "checked_settings", "require_task"]
 
 
 def require_task(task: Any, owner: str) -> Task:
@@ -34,6 +36,28 @@ def require_task(task: Any, owner: str) -> Task:
     return task
 
 
+def check_verb(verb: Any, queries: Any) -> str:
+    """What a plan is made for.
+
+    Args:
+        verb: What the user gave; None: by whether there are queries.
+        queries: The queries, or None.
+
+    Returns:
+        The verb.
+
+    Raises:
+        OptionError: There is no such verb, or it needs queries and there are none.
+    """
+    if verb is None:
+        return "self_influence" if queries is None else "influence"
+    if verb not in VERBS:
+        raise OptionError(f"plan: verb is {verb!r}. Choose one of {', '.join(VERBS)}.")
+    if queries is None and verb != "self_influence":
+        raise OptionError(f"plan: {verb} needs queries. Give plan(train, queries, verb={verb!r}).")
+    return verb
+
+
 def checked_settings(
     owner: str,
     *,
@@ -45,6 +69,7 @@ def checked_settings(
     memory: str | int = "2GiB",
     progress: bool = True,
     projection: Projection | int | None = None,
+    precision: str = "float32",
 ) -> Settings:
     """The settings of a run.
 
@@ -58,6 +83,7 @@ def checked_settings(
         memory: Bound on held gradients and tiles.
         progress: Show how far a run is.
         projection: Random features in place of gradients; a number is their size.
+        precision: The arithmetic of the forward and backward pass.
 
     Returns:
         The settings.
@@ -75,6 +101,8 @@ def checked_settings(
         raise OptionError(
             f"{owner}: collate is a {type(collate).__name__}, not a function of a list of rows."
         )
+    if precision not in PRECISIONS:
+        raise OptionError(f"{owner}: precision is {precision!r}. Choose one of {', '.join(PRECISIONS)}.")
     return Settings(
         weighting,
         normalize,
@@ -84,6 +112,7 @@ def checked_settings(
         parse_memory(memory),
         progress,
         _checked_projection(owner, projection),
+        precision=precision,
     )
 
 

@@ -13,13 +13,14 @@ from tracin.checkpoints import Trajectory
 from tracin.data import BatchSize
 from tracin.errors import AdaptiveOptimizerWarning, OptionError
 from tracin.gradients.projection import Projection
-from tracin.methods.answers import scores_result, self_influence_result, top_k_result
+from tracin.methods.answers import aggregate_result, scores_result, self_influence_result, top_k_result
+from tracin.methods.grouping import group_labels
 from tracin.methods.provenance import provenance
-from tracin.methods.settings import checked_settings, require_task
+from tracin.methods.settings import check_verb, checked_settings, require_task
 from tracin.methods.within import allowed_rows
 from tracin.options import whole_number
 from tracin.results import Scores, SelfInfluence, TopK
-from tracin.scoring import passes, top_k
+from tracin.scoring import aggregate, passes, top_k
 from tracin.scoring.plan import Plan, plan
 from tracin.scoring.run import Run, opened
 from tracin.scoring.verification import Verification, verify
@@ -28,6 +29,7 @@ from tracin.tasks import Task
 __all__ = ["TracInCP"]
 
 Weighting = Literal["learning_rate", "uniform", "integrated"]
+Precision = Literal["float32", "bfloat16"]
 MEND = "normalize=True compares directions instead of lengths."
 
 
@@ -56,10 +58,12 @@ class TracInCP:
         collate: Makes a batch of a list of a dataset's rows.
         device: ``"auto"``: where the model lies, or the GPU if it lies on the CPU and there is one.
         memory: Bound on held gradients and tiles; more means fewer passes.
+        precision: ``"float32"``: the forward and backward pass run as the model is; ``"bfloat16"``: under autocast, faster
+            and less exact. Products, norms and scores are float32 or better in either case.
         progress: Show how far a run is, on standard error.
 
     Raises:
-        OptionError: An unknown weighting or device, or a value out of range.
+        OptionError: An unknown weighting, device or precision, or a value out of range.
 
     Warns:
         AdaptiveOptimizerWarning: The checkpoints were recorded from another optimizer than SGD.
@@ -87,6 +91,7 @@ class TracInCP:
         collate: Callable[[list], Any] | None = None,
         device: str | torch.device = "auto",
         memory: str | int = "2GiB",
+        precision: Precision | str = "float32",
         progress: bool = True,
     ) -> None:
         if not isinstance(trajectory, Trajectory):
@@ -103,6 +108,7 @@ class TracInCP:
             collate=collate,
             device=device,
             memory=memory,
+            precision=precision,
             progress=progress,
         )
         adaptive = sorted({c.optimizer for c in trajectory if c.optimizer and c.optimizer != "SGD"})
@@ -163,6 +169,42 @@ class TracInCP:
             record = {**self.provenance(run, "top_k"), "k": k, "within": within}
             return top_k_result(high, low, record, len(run.train.rows), mend=mend)
 
+    def aggregate(
+        self,
+        train: Any,
+        validation: Any,
+        *,
+        by: Any = None,
+        reduction: str = "mean",
+    ) -> Scores:
+        """Scores of every train row for a whole validation set, or for each group of it.
+
+        The validation rows' gradients are summed before they are multiplied: the result is the mean of the rows of
+        ``influence(train, validation)``, for the price of one query for each group and in memory that does not grow with the
+        validation set.
+
+        Args:
+            train: Train rows.
+            validation: Rows under ``task.query_loss`` where it is given.
+            by: The group of each validation row, whole numbers; ``"label"``: its label; None: all rows are one group.
+            reduction: ``"mean"``: the influence on a group's mean loss; ``"sum"``: on its sum.
+
+        Returns:
+            ``values`` [groups, n]; ``query_ids`` are the groups in ascending order, 0 where ``by`` is None. Under
+            ``normalize`` means of cosines.
+
+        Raises:
+            OptionError: ``by`` is no list of whole numbers, one for each row, or the task has no labels; an unknown
+                ``reduction``; and what ``influence`` refuses.
+        """
+        aggregate.check_reduction(reduction)
+        last = self.trajectory[len(self.trajectory) - 1]
+        labels = group_labels(self.task, last, self.settings, validation, by)
+        with opened(self.task, self.trajectory, self.settings, train, validation) as run:
+            groups = aggregate.Groups.of(labels, len(run.asked.rows))
+            values = aggregate.aggregate(run, groups, reduction)
+            return aggregate_result(values, groups, self.provenance(run, "aggregate"), by, reduction)
+
     def self_influence(self, train: Any) -> SelfInfluence:
         """score(z, z) of every train row: high for rows that the model must learn by heart, mislabelled ones first.
 
@@ -197,21 +239,33 @@ class TracInCP:
         with opened(self.task, self.trajectory, self.settings, train) as run:
             return verify(run, rows, seed)
 
-    def plan(self, train: Any, queries: Any) -> Plan:
-        """Memory, time, passes and routes of ``influence(train, queries)``, from one batch of each.
+    def plan(
+        self,
+        train: Any,
+        queries: Any | None = None,
+        *,
+        verb: Literal["influence", "top_k", "self_influence"] | None = None,
+        k: int = 10,
+    ) -> Plan:
+        """Memory, time, passes and routes of a run, from one batch of each side, before it.
 
         Args:
             train: Train rows.
-            queries: Query rows.
+            queries: Query rows; none for ``self_influence``.
+            verb: What to plan: ``"influence"`` with queries and ``"self_influence"`` without, unless given.
+            k: List length of ``"top_k"``.
 
         Returns:
-            The plan.
+            The plan. A run that does not fit ``memory`` is told in ``ways``, not refused.
 
         Raises:
-            OptionError: As for ``influence``, with what else it refuses on the first batches.
+            OptionError: ``verb`` and queries do not go together; as for the verb, with what else it refuses on the first
+                batches.
         """
-        with opened(self.task, self.trajectory, self.settings, train, queries) as run:
-            return plan(run)
+        chosen = check_verb(verb, queries)
+        asked = queries if chosen != "self_influence" else None
+        with opened(self.task, self.trajectory, self.settings, train, asked) as run:
+            return plan(run, chosen, k)
 
     def provenance(self, run: Run, verb: str) -> dict[str, Any]:
         """What a result of this method was made from.

@@ -21,6 +21,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tracin.checkpoints import Checkpoint, fit
 from tracin.errors import ModelError, OptionError
+from tracin.scoring.arithmetic import full_float32
+from tracin.scoring.tree import Tree, tree_of
 
 __all__ = ["LoadedModel", "device_of", "guarded"]
 
@@ -41,21 +43,45 @@ _TABLES = (
 class LoadedModel:
     """The model on its device, ready to take one checkpoint after another."""
 
-    def __init__(self, model: nn.Module, device: torch.device, working: dict[str, Tensor]) -> None:
-        self.model, self.device, self._working = model, device, working
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.model, self.device = model, device
+        self._working: dict[str, Tensor] = {}
+        self._kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
-    def load(self, checkpoint: Checkpoint) -> None:
+    def nbytes(self) -> int:
+        """Memory of one checkpoint's parameters and buffers, tied ones once."""
+        tensors = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+    def load(self, checkpoint: Checkpoint, place: int | None = None) -> None:
         """Put a checkpoint's weights and buffers into the model.
 
         Args:
             checkpoint: One of the trajectory.
+            place: Its place there, to keep its tensors on the device for when it is loaded again.
 
         Raises:
             CheckpointError: It does not fit the model.
         """
+        if not self._working:
+            self._working = _by_name(self.model)
+        state = None if place is None else self._kept.get(place)
+        if state is None:
+            state = self._fitted(checkpoint)
+            if place is not None:
+                self._kept[place] = [(working, value.to(working.device)) for working, value in state]
         with torch.no_grad():
-            for name, value in fit(checkpoint, self.model).items():
-                self._working[name].copy_(value)
+            for working, value in state:
+                working.copy_(value)
+
+    def forget(self) -> None:
+        """Keep no checkpoint's tensors any longer."""
+        self._kept.clear()
+
+    def _fitted(self, checkpoint: Checkpoint) -> list[tuple[Tensor, Tensor]]:
+        """Each working tensor, tied ones once, with what the checkpoint has for it."""
+        found = fit(checkpoint, self.model)
+        return [*{id(self._working[name]): (self._working[name], found[name]) for name in found}.values()]
 
 
 def device_of(model: nn.Module, device: str | torch.device) -> torch.device:
@@ -84,17 +110,19 @@ def device_of(model: nn.Module, device: str | torch.device) -> torch.device:
     return here
 
 
-def refuse_mixing_layers(model: nn.Module) -> None:
+def refuse_mixing_layers(model: nn.Module, tree: Tree) -> None:
     """Refuse layers whose rows mix in eval mode, before anything is run.
 
     Args:
         model: The user's model.
+        tree: What it is made of.
 
     Raises:
         ModelError: Batch norm without running statistics, an embedding whose gradient depends on the batch, or TorchScript.
     """
-    for name, parameter in model.named_parameters():
+    for parameter in tree.parameters:
         if isinstance(parameter, nn.UninitializedParameter) or parameter.is_meta:
+            name = next(name for name, found in model.named_parameters() if found is parameter)
             what = (
                 "was not initialised"
                 if isinstance(parameter, nn.UninitializedParameter)
@@ -103,7 +131,7 @@ def refuse_mixing_layers(model: nn.Module) -> None:
             raise ModelError(
                 f"the parameter {name} {what}, so it holds no numbers. Run the model once, or build it on a real device."
             )
-    for name, module in model.named_modules():
+    for name, module in tree.modules:
         if isinstance(module, torch.jit.ScriptModule):
             raise ModelError(
                 f"{name or 'the model'} is a TorchScript module, which runs without hooks and cannot be traced. Give the Python "
@@ -121,33 +149,38 @@ def refuse_mixing_layers(model: nn.Module) -> None:
             )
 
 
-def _seeds() -> tuple[Any, ...]:
+def _seeds(device: torch.device) -> tuple[Any, ...]:
     numpy = sys.modules.get("numpy")
+    if device.type == "cuda":
+        torch.cuda.init()  # seeds that wait for it are set now, so that the state below is what the user will find
     cuda = (
         torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
     )
-    return torch.get_rng_state(), random.getstate(), numpy.random.get_state() if numpy else None, cuda
+    mps = torch.mps.get_rng_state() if device.type == "mps" else None
+    return torch.get_rng_state(), random.getstate(), numpy.random.get_state() if numpy else None, cuda, mps
 
 
 def _restore_seeds(states: tuple[Any, ...]) -> None:
-    cpu, python, numpy_state, cuda = states
+    cpu, python, numpy_state, cuda, mps = states
     torch.set_rng_state(cpu)
     random.setstate(python)
     if numpy_state is not None:
         sys.modules["numpy"].random.set_state(numpy_state)
     if cuda is not None:
         torch.cuda.set_rng_state_all(cuda)
+    if mps is not None:
+        torch.mps.set_rng_state(mps)
 
 
 class _Snapshot:
     """What a module tree looked like: attributes, tables of parameters, buffers, children and hooks, and tensors."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, tree: Tree) -> None:
         self._modules = []
-        for module in model.modules():
+        for _, module in tree.modules:
             tables = {name: dict(module.__dict__[name]) for name in _TABLES if name in module.__dict__}
             self._modules.append((module, dict(module.__dict__), tables))
-        tensors = [*model.parameters(), *model.buffers()]
+        tensors = [*tree.parameters, *tree.buffers]
         self._tensors = [(tensor, tensor.data, tensor.requires_grad, tensor.grad) for tensor in tensors]
 
     def restore(self) -> None:
@@ -164,18 +197,17 @@ class _Snapshot:
             tensor.grad = grad
 
 
-def _working_copies(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
-    """Point every parameter and buffer at a copy on the device; the copies by name, tied ones shared."""
-    copies: dict[int, Tensor] = {}
-    out = {}
+def _work_on_copies(tree: Tree, device: torch.device) -> None:
+    """Point every parameter and buffer at a copy on the device."""
+    for tensor in (*tree.parameters, *tree.buffers):
+        tensor.data = tensor.data.to(device=device, copy=True)
+
+
+def _by_name(model: nn.Module) -> dict[str, Tensor]:
+    """What parameters and buffers point at, by every name that they have; tied ones are one tensor."""
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    for name, tensor in named:
-        key = id(tensor)
-        if key not in copies:
-            copies[key] = tensor.data.detach().to(device=device, copy=True)
-            tensor.data = copies[key]
-        out[name] = copies[key]
-    return out
+    working = {id(tensor): tensor.data for _, tensor in named}
+    return {name: working[id(tensor)] for name, tensor in named}
 
 
 @contextmanager
@@ -204,18 +236,19 @@ def guarded(model: nn.Module, device: str | torch.device = "auto") -> Iterator[L
     """
     lock = _lock_of(model)
     with lock, torch.inference_mode(False), torch.enable_grad():
-        refuse_mixing_layers(model)
+        tree = tree_of(model)
+        refuse_mixing_layers(model, tree)
         target = device_of(model, device)
-        snapshot, seeds = _Snapshot(model), _seeds()
+        snapshot, seeds = _Snapshot(tree), _seeds(target)
         cudnn = torch.backends.cudnn.enabled
         try:
-            working = _working_copies(model, target)
+            _work_on_copies(tree, target)
             model.eval()
             # cuDNN's recurrent layers have no backward pass in eval mode.
-            if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            if any(isinstance(module, nn.RNNBase) for _, module in tree.modules):
                 torch.backends.cudnn.enabled = False
-            with _eager():
-                yield LoadedModel(model, target, working)
+            with _eager(), full_float32(target):
+                yield LoadedModel(model, target)
         finally:
             torch.backends.cudnn.enabled = cudnn
             snapshot.restore()

@@ -7,8 +7,9 @@ The rates w_c are multiplied onto the held queries once per checkpoint; the trai
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,14 +21,19 @@ from tracin.gradients.blocks import Block, Dense
 from tracin.gradients.engine import BatchGradients
 from tracin.gradients.products import concatenate, held, widened
 from tracin.progress import Progress, progress
+from tracin.scoring.arrivals import Arrivals
+from tracin.scoring.fits import query_budget, refuse_too_large
+from tracin.scoring.order import first_order, tile_spans, tile_visits
 from tracin.scoring.run import Run, products, refuse_products
 
 __all__ = [
     "HeldQueries",
+    "add_scores",
     "compared",
     "first_queries",
     "hold_queries",
     "influence",
+    "resident_queries",
     "same_queries",
     "score_batch",
     "self_influence",
@@ -49,7 +55,7 @@ class HeldQueries:
 
 
 def _norms(blocks: Mapping[tuple[str, ...], Block]) -> Tensor:
-    return torch.stack([block.squared_norm() for block in blocks.values()]).sum(0).sqrt()
+    return _squares(blocks).sqrt()
 
 
 def _inverse(norms: Tensor) -> Tensor:
@@ -92,32 +98,62 @@ def hold_queries(run: Run, budget: int, bar: Progress) -> Iterator[HeldQueries]:
     """
     parts: list[_Part] = []
     used = 0
-    for batch, value in run.batches(run.asked):
-        part = _hold(run, batch, value)
-        if parts and used + part.nbytes > budget:
-            yield _tile(parts)
-            parts, used = [], 0
-        parts.append(part)
-        used += part.nbytes
-        bar.advance(batch.size)
+    with _queries(run) as looks:
+        for batch, value in run.batches(run.asked):
+            part = _hold(run, batch, value, looks)
+            if parts and used + part.nbytes > budget:
+                looks.settle()
+                yield _tile(parts)
+                used = 0
+            parts.append(part)
+            used += part.nbytes
+            bar.advance(batch.size)
     yield _tile(parts)
 
 
 def first_queries(run: Run, start: int, budget: int) -> HeldQueries:
     """The tile of queries that begins at row ``start``, at the loaded checkpoint, as large as the budget allows."""
     parts: list[_Part] = []
-    for batch, value in run.batches(run.asked, start=start):
-        part = _hold(run, batch, value)
-        if parts and sum(held_part.nbytes for held_part in parts) + part.nbytes > budget:
-            break
-        parts.append(part)
+    with _queries(run) as looks:
+        for batch, value in run.batches(run.asked, start=start):
+            part = _hold(run, batch, value, looks)
+            if parts and sum(held_part.nbytes for held_part in parts) + part.nbytes > budget:
+                break
+            parts.append(part)
     return _tile(parts)
 
 
 def same_queries(run: Run, rows: range) -> HeldQueries:
     """The queries of these rows, which are whole batches, at the loaded checkpoint."""
     batches = run.batches(run.asked, start=rows.start, stop=rows.stop)
-    return _tile([_hold(run, batch, value) for batch, value in batches])
+    with _queries(run) as looks:
+        parts = [_hold(run, batch, value, looks) for batch, value in batches]
+    return _tile(parts)
+
+
+def resident_queries(run: Run, budget: int, bar: Progress) -> Iterator[list[HeldQueries]]:
+    """Hold the queries tile by tile, each at every checkpoint.
+
+    Args:
+        run: A run with queries.
+        budget: Bytes for one tile at all checkpoints; the first one says how many queries fit.
+        bar: Told of finished rows.
+
+    Yields:
+        A tile's gradients, checkpoint by checkpoint.
+    """
+    start, m = 0, len(run.asked.rows)
+    while start < m:
+        run.go(0)
+        tiles = [first_queries(run, start, budget // len(run.trajectory))]
+        rows = range(start, start + tiles[0].size)
+        for index in range(1, len(run.trajectory)):
+            run.go(index)
+            tiles.append(same_queries(run, rows))
+        bar.advance(len(rows) * len(tiles))
+        yield tiles
+        tiles.clear()
+        start = rows.stop
 
 
 @dataclass(frozen=True)
@@ -133,24 +169,38 @@ class _Part:
         return sum(block.nbytes for block in self.blocks.values())
 
 
-def _hold(run: Run, batch: Batch, value: Any) -> _Part:
+def _queries(run: Run) -> Arrivals:
+    """Where the squared norms of the queries' gradients arrive, to be looked at and forgotten."""
+    return Arrivals(run.asked, f"queries, {run.where}", _forget, partial(_refuse_query, run))
+
+
+def _forget(batch: Batch, squares: Tensor) -> None:
+    pass
+
+
+def _refuse_query(run: Run, batch: Batch, value: Any) -> Tensor:
     found = run.gradients(run.asked, batch, value)
     plain = compared(run, found)
-    _refuse_infinite(run, plain, found, batch)
+    squares = _squares(plain) if plain else torch.zeros_like(found.losses)
+    refuse_products(squares, found, batch, f"queries, {run.where}")
+    return squares
+
+
+def _squares(blocks: Mapping[tuple[str, ...], Block]) -> Tensor:
+    return torch.stack([block.squared_norm() for block in blocks.values()]).sum(0)
+
+
+def _hold(run: Run, batch: Batch, value: Any, looks: Arrivals) -> _Part:
+    found = run.gradients(run.asked, batch, value)
+    plain = compared(run, found)
+    looks.send(batch, _squares(plain) if plain else torch.zeros_like(found.losses), found)
     blocks, weights = _weighted(run, plain)
     kept = {names: held(block, len(run.train.rows)) for names, block in blocks.items()}
     return _Part(batch, kept, weights)
 
 
-def _refuse_infinite(
-    run: Run, blocks: Mapping[tuple[str, ...], Block], found: BatchGradients, batch: Batch
-) -> None:
-    squares = [block.squared_norm() for block in blocks.values()]
-    if squares:
-        refuse_products(torch.stack(squares).sum(0), found, batch, f"queries, {run.where}")
-
-
-def _tile(parts: Sequence[_Part]) -> HeldQueries:
+def _tile(parts: list[_Part]) -> HeldQueries:
+    """The parts as one, taken out of the list block by block, so that memory never holds all of them twice."""
     joined = {}
     for key in {key for part in parts for key in part.blocks}:
         having = next(part.blocks[key] for part in parts if key in part.blocks)
@@ -160,9 +210,12 @@ def _tile(parts: Sequence[_Part]) -> HeldQueries:
                 for part in parts
             ]
         )
+        for part in parts:
+            part.blocks.pop(key, None)
     weights = [part.weights for part in parts if part.weights is not None]
-    size = sum(part.batch.size for part in parts)
-    return HeldQueries(parts[0].batch.start, size, joined, torch.cat(weights) if weights else None)
+    start, size = parts[0].batch.start, sum(part.batch.size for part in parts)
+    parts.clear()
+    return HeldQueries(start, size, joined, torch.cat(weights) if weights else None)
 
 
 def _zeros_like(block: Block, n: int) -> Block:
@@ -182,6 +235,13 @@ def score_batch(run: Run, batch: Batch, value: Any, tile: HeldQueries) -> Tensor
     Returns:
         The products, weighted, on the device.
     """
+    values, found = _products(run, batch, value, tile)
+    refuse_products(values, found, batch, f"train, {run.where}")
+    return values
+
+
+def _products(run: Run, batch: Batch, value: Any, tile: HeldQueries) -> tuple[Tensor, BatchGradients]:
+    """The products of ``score_batch``, not looked at yet, and what they were made from."""
     found = run.gradients(run.train, batch, value)
     blocks, dtype = compared(run, found), run.dtype
     if tile.weights is not None:
@@ -190,8 +250,7 @@ def score_batch(run: Run, batch: Batch, value: Any, tile: HeldQueries) -> Tensor
     values = products(blocks, tile.blocks, batch.size, tile.size, like)
     if tile.weights is not None:
         values = (values * _inverse(_norms(blocks))[:, None] * tile.weights).to(run.dtype)
-    refuse_products(values, found, batch, f"train, {run.where}")
-    return values
+    return values, found
 
 
 def influence(run: Run) -> Tensor:
@@ -204,19 +263,61 @@ def influence(run: Run) -> Tensor:
         The scores on the CPU.
     """
     n, m, c = len(run.train.rows), len(run.asked.rows), len(run.trajectory)
-    values = torch.zeros(n, m, dtype=run.dtype)  # rows of a batch side by side while they are written
+    values = torch.zeros(m, n, dtype=run.dtype)
     with progress("influence", c * (n + m), show=run.settings.progress) as bar:
+        order = first_order(run)
+        refuse_too_large(run, "influence")
+        budget = query_budget(run, "influence")
+        if order.name == "tiles":
+            _by_tiles(run, budget, values, bar)
+            return values
         for index in range(c):
-            run.load(index)
-            for tile in hold_queries(run, run.settings.memory // 2, bar):
+            run.go(index)
+            for tile in hold_queries(run, budget, bar):
                 if tile.start:
                     bar.grow(n)
-                for batch, value in run.batches(run.train):
-                    part = score_batch(run, batch, value, tile)
-                    here = values[batch.start : batch.start + batch.size]
-                    here[:, tile.start : tile.start + tile.size] += part.cpu()
-                    bar.advance(batch.size)
-    return values.mT.contiguous()
+                add_scores(
+                    run, run.batches(run.train), tile, values[tile.start : tile.start + tile.size], 0, bar
+                )
+                del tile  # before the next is made
+    return values
+
+
+def _by_tiles(run: Run, budget: int, values: Tensor, bar: Progress) -> None:
+    """Tiles of train rows at all checkpoints, for each tile of queries that are held at all of them."""
+    n = len(run.train.rows)
+    for tiles in resident_queries(run, budget, bar):
+        start, stop = tiles[0].start, tiles[0].start + tiles[0].size
+        if start:
+            bar.grow(n * len(tiles))
+        for rows in tile_spans(run, n):
+            for index, batches in tile_visits(run, rows):
+                add_scores(run, batches, tiles[index], values[start:stop], 0, bar)
+
+
+def add_scores(
+    run: Run,
+    batches: Iterator[tuple[Batch, Any]],
+    tile: HeldQueries,
+    values: Tensor,
+    first: int,
+    bar: Progress,
+) -> None:
+    """Add train batches' products with a tile of queries at the loaded checkpoint.
+
+    Args:
+        run: The run.
+        batches: Train batches, and their values on the device.
+        tile: The queries.
+        values: What is added to, [m, rows] on the CPU.
+        first: The train row of its first column.
+        bar: Told of finished rows.
+    """
+    again = partial(score_batch, run, tile=tile)
+    with Arrivals(run.train, f"train, {run.where}", partial(_add, values, first), again) as parts:
+        for batch, value in batches:
+            parts.send(batch, *_products(run, batch, value, tile))
+            bar.advance(batch.size)
 
 
 def self_influence(run: Run) -> Tensor:
@@ -238,17 +339,47 @@ def self_influence(run: Run) -> Tensor:
     n, c = len(run.train.rows), len(run.trajectory)
     values = torch.zeros(n, dtype=run.dtype)
     with progress("self-influence", c * n, show=run.settings.progress) as bar:
+        order = first_order(run)
+        refuse_too_large(run, "self_influence")
+        if order.name == "tiles":
+            for rows in tile_spans(run, n):
+                for _, batches in tile_visits(run, rows):
+                    _add_own(run, batches, values, bar)
+            return values
         for index in range(c):
-            run.load(index)
-            for batch, value in run.batches(run.train):
-                found = run.gradients(run.train, batch, value)
-                part = torch.zeros(batch.size, dtype=run.dtype, device=run.loaded.device)
-                for names, block in compared(run, found).items():
-                    part += _weighted_norm(block, run.rates_of(names))
-                refuse_products(part, found, batch, f"train, {run.where}")
-                values[batch.start : batch.start + batch.size] += part.cpu()
-                bar.advance(batch.size)
+            run.go(index)
+            _add_own(run, run.batches(run.train), values, bar)
     return values
+
+
+def _add_own(run: Run, batches: Iterator[tuple[Batch, Any]], values: Tensor, bar: Progress) -> None:
+    """Add train batches' products with themselves at the loaded checkpoint to values [n]."""
+    again = partial(_own_looked_at, run)
+    with Arrivals(run.train, f"train, {run.where}", partial(_add, values, 0), again) as parts:
+        for batch, value in batches:
+            parts.send(batch, *_own_products(run, batch, value))
+            bar.advance(batch.size)
+
+
+def _add(values: Tensor, first: int, batch: Batch, part: Tensor) -> None:
+    """Add a batch's numbers, [n] or [n, m], to values [..., n] that begin at row ``first``."""
+    at = batch.start - first
+    values[..., at : at + batch.size] += part.mT.contiguous() if part.dim() > 1 else part
+
+
+def _own_products(run: Run, batch: Batch, value: Any) -> tuple[Tensor, BatchGradients]:
+    """Σ_p w_p ‖g_p‖² of a batch's rows, [n], and what it was made from."""
+    found = run.gradients(run.train, batch, value)
+    part = torch.zeros(batch.size, dtype=run.dtype, device=run.loaded.device)
+    for names, block in compared(run, found).items():
+        part += _weighted_norm(block, run.rates_of(names))
+    return part, found
+
+
+def _own_looked_at(run: Run, batch: Batch, value: Any) -> Tensor:
+    part, found = _own_products(run, batch, value)
+    refuse_products(part, found, batch, f"train, {run.where}")
+    return part
 
 
 def _weighted_norm(block: Block, rates: tuple[float, ...]) -> Tensor:

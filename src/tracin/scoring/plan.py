@@ -1,139 +1,341 @@
-"""What a run will cost, told before it: memory, time, passes, and each layer's route."""
+"""What a run will cost, told before it: memory, time, passes, and each layer's route.
+
+The first checkpoint is loaded, the first batch of each side is checked as the run would check it, and one more batch of
+each side is run twice: once with the allocator watched, once with a clock. What grows with rows, queries and checkpoints is
+then added up as the verbs hold it:
+
+    influence        max(loading, Q + a query batch, Q + a train batch) + result
+    top_k            max(loading, Q of all checkpoints + a train batch + a tile of scores and of rows)
+    self_influence   max(loading, a train batch) + result
+
+with Q a tile of held queries, and always the copies of the parameters and what the libraries take on first use.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from tracin.data import Batch, to_device
-from tracin.gradients.blocks import TILE, Block
-from tracin.gradients.capture import recording
+from tracin.data import to_device
 from tracin.gradients.engine import Source
-from tracin.gradients.products import held
-from tracin.progress import progress
-from tracin.scoring.passes import HeldQueries, compared, hold_queries, score_batch
+from tracin.gradients.products import concatenate, held
+from tracin.scoring.fits import VERBS, query_budget, sizes_of, ways_to_fit
+from tracin.scoring.memory import size_text, watched
+from tracin.scoring.passes import HeldQueries, compared, same_queries, score_batch
+from tracin.scoring.routes import Route, routes_of
 from tracin.scoring.run import Run
+from tracin.scoring.top_k import Strongest
 
 __all__ = ["Plan", "Route", "plan"]
 
-
-@dataclass(frozen=True)
-class Route:
-    """How one block of parameters is traced: its route, how the queries are held, and why not the fast way."""
-
-    parameters: tuple[str, ...]
-    route: str
-    queries_held: str
-    bytes_per_query: int
-    reason: str = ""
+# What libraries take when they are first used (kernels, buffers for packing), and free pieces between tensors, as
+# `python benchmarks/plan.py` found them on two CPU cores.
+LIBRARIES = 48 << 20
+# Seconds that repeating a batch for its time may take, and how often it is repeated at the most.
+PATIENCE, REPEATS = 0.5, 5
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The cost of ``influence(train, queries)``.
+    """The cost of a verb.
 
     Attributes:
-        peak_bytes: Memory above the model, the data and the imports, estimated from the sizes of one batch.
-        seconds: Time, from one timed batch of each side.
+        peak_bytes: Memory above the model, the data and the imports: the parameters' copies, held queries, the tensors of
+            a batch, and the scores.
+        seconds: Time, from one timed batch of each side and the fixed costs.
         passes: Passes over the train rows, all checkpoints together.
         routes: One entry per block of parameters.
+        verb: What is planned.
+        memory: The bound that the method was given.
+        parts: What the peak is made of, in bytes.
+        ways: Where the run does not fit, the three cheapest ways to make it, with what each costs.
     """
 
     peak_bytes: int
     seconds: float
     passes: int
     routes: tuple[Route, ...]
+    verb: str = "influence"
+    memory: int = 0
+    parts: tuple[tuple[str, int], ...] = ()
+    ways: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether the run will be started: what it must hold is within ``memory``."""
+        return not self.ways
 
     def __str__(self) -> str:
         slow = [route for route in self.routes if not route.route.startswith("rule")]
         text = f"{self.passes} passes over the train rows, about {self.seconds:.1f} s, peak {self.peak_bytes / 2**20:,.0f} MiB"
-        return f"{text}; {len(slow)} of {len(self.routes)} blocks off the fast route" if slow else text
+        if slow:
+            text = f"{text}; {len(slow)} of {len(self.routes)} blocks off the fast route"
+        if self.parts:
+            text += "\nmemory: " + ", ".join(f"{name} {size_text(size)}" for name, size in self.parts if size)
+        for way in self.ways:
+            text += f"\ndoes not fit memory={size_text(self.memory)}: {way}"
+        return "\n".join([text, *_table(self.routes)])
 
 
-def _tensor_bytes(value: object) -> int:
-    leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-    return sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+def _table(routes: tuple[Route, ...]) -> list[str]:
+    """A line per block, in columns; blocks that go the same way in one."""
+    alike: dict[tuple[str, str, str], list[Route]] = {}
+    for route in routes:
+        alike.setdefault((route.route, route.queries_held, route.reason or route.why), []).append(route)
+    rows = []
+    for (name, holding, why), group in alike.items():
+        first = ", ".join(group[0].parameters)
+        more = f" and {len(group) - 1} more" if len(group) > 1 else ""
+        size = size_text(sum(route.bytes_per_query for route in group)) if holding else ""
+        rows.append((first + more, name, size, why))
+    widths = [max((len(row[at]) for row in rows), default=0) for at in range(3)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip()
+        for row in rows
+    ]
 
 
-def plan(run: Run) -> Plan:
-    """Load the first checkpoint, time one batch of each side, and add up.
+@dataclass(frozen=True)
+class _Cost:
+    """A piece of work: its peak in bytes, what it leaves, its seconds, and the rows that it did."""
+
+    peak: int
+    kept: int
+    seconds: float
+    rows: int = 1
+    small: int = 0
+
+    @property
+    def per_row(self) -> float:
+        return self.seconds / self.rows
+
+
+def _once(run: Run, work: Callable[[], Any]) -> tuple[_Cost, Any]:
+    """Work that cannot be repeated, watched and timed at once."""
+    start = time.perf_counter()
+    with watched(run.loaded.device) as found:
+        out = work()
+    return _Cost(found.peak, found.kept, time.perf_counter() - start, small=found.small), out
+
+
+def _repeated(run: Run, work: Callable[[], int]) -> _Cost:
+    """Work that says how many rows it did: watched the first time, timed afterwards."""
+    with watched(run.loaded.device) as found:
+        rows = work()
+    times: list[float] = []
+    while len(times) < REPEATS and sum(times) < PATIENCE:
+        start = time.perf_counter()
+        work()
+        if run.loaded.device.type == "cuda":
+            torch.cuda.synchronize(run.loaded.device)
+        times.append(time.perf_counter() - start)
+    return _Cost(found.peak, found.kept, median(times), rows, found.small)
+
+
+def _usual(source: Source) -> int:
+    """Where a batch of the usual size begins: the first one can be shorter."""
+    sizes = source.rows.sizes
+    return sizes[0] if len(sizes) > 1 else 0
+
+
+def plan(run: Run, verb: str = "influence", k: int = 10) -> Plan:
+    """Load the first checkpoint, run a few batches, and add up.
 
     Args:
-        run: A run with queries.
+        run: A run, with queries unless ``verb`` is ``"self_influence"``.
+        verb: ``"influence"``, ``"top_k"`` or ``"self_influence"``.
+        k: List length of ``top_k``.
 
     Returns:
         The plan.
+
+    Raises:
+        ValueError: An unknown verb.
     """
-    run.load(0)
-    n, m, c = len(run.train.rows), len(run.asked.rows), len(run.trajectory)
-    blocks, query_seconds, query_rows = _first_queries(run)
-    per_query = sum(block.nbytes for block in blocks.values()) / query_rows
-    budget = run.settings.memory // 2
-    tile = max(*run.asked.rows.sizes, min(m, int(budget / max(per_query, 1e-9))))
-    tiles = -(-m // tile)
-    train_seconds, train_bytes, train_rows = _first_train(run)
-    parameters = sum(p.numel() * p.element_size() for p in run.task.model.parameters())
-    result = m * n * torch.empty(0, dtype=run.dtype).element_size()
-    largest = max((block.size for block in blocks.values()), default=0)
-    temporary = min(TILE, largest * train_rows) * torch.empty(0, dtype=run.dtype).element_size()
-    peak = 2 * parameters + int(per_query * min(tile, m)) + result + train_bytes + temporary
-    seconds = c * (query_seconds / query_rows * m + tiles * train_seconds / train_rows * n)
-    return Plan(peak, seconds, c * tiles, _routes(run, blocks, query_rows))
+    if verb not in VERBS:
+        raise ValueError(f"no such verb: {verb}")
+    return _Planning(run, verb, k).plan()
 
 
-def _usual(run: Run, source: Source) -> tuple[Batch, object]:
-    """A batch of the usual size: the first one can be shorter."""
-    sizes = source.rows.sizes
-    return next(run.batches(source, start=sizes[0] if len(sizes) > 1 else 0))
+class _Planning:
+    """The measurements behind a plan, in the order of a run."""
 
+    def __init__(self, run: Run, verb: str, k: int) -> None:
+        self.run, self.verb, self.k = run, verb, k
+        self.n, self.c = len(run.train.rows), len(run.trajectory)
+        self.first, _ = _once(run, partial(run.load, 0))
+        self.again, _ = _once(run, partial(run.loaded.load, run.trajectory[0]))
+        self.checks: list[_Cost] = []
+        self.copies = sum(_bytes(t) for t in {id(t): t for t in _tensors(run)}.values())
 
-def _first_queries(run: Run) -> tuple[dict[tuple[str, ...], Block], float, int]:
-    source = run.asked
-    batch, value = _usual(run, source)
-    run.gradients(source, batch, to_device(value, run.loaded.device, copy=True))
-    start = time.perf_counter()
-    found = run.gradients(source, batch, value)
-    kept = {names: held(block, len(run.train.rows)) for names, block in compared(run, found).items()}
-    return kept, time.perf_counter() - start, batch.size
+    def plan(self) -> Plan:
+        if self.verb == "self_influence":
+            return self._self_influence()
+        return self._with_queries()
 
+    def _check(self, source: Source) -> Any:
+        """The first batch, checked; its gradients."""
+        cost, found = _once(self.run, partial(self._first_batch, source))
+        self.checks.append(cost)
+        return found
 
-def _first_train(run: Run) -> tuple[float, int, int]:
-    with progress("plan", 0, show=False) as bar:
-        tile: HeldQueries = next(hold_queries(run, run.settings.memory // 2, bar))
-    batch, value = _usual(run, run.train)
-    score_batch(run, batch, to_device(value, run.loaded.device, copy=True), tile)
-    start = time.perf_counter()
-    score_batch(run, batch, value, tile)
-    seconds = time.perf_counter() - start
-    return seconds, _captured_bytes(run, batch, value), batch.size
+    def _first_batch(self, source: Source) -> Any:
+        batch, value = next(iter(self.run.batches(source)))
+        return self.run.gradients(source, batch, value)
 
+    def _self_influence(self) -> Plan:
+        run = self.run
+        made = self._check(run.train).blocks
+        step = _repeated(run, self._own_step)
+        parts = {"scores": sizes_of(run, self.verb).result, "a batch": max(step.peak, self.checks[0].peak)}
+        seconds = self._fixed() + self.c * step.per_row * self.n
+        return self._told(parts, seconds, self.c, routes_of(run.train.wiring, made, {}, self.n))
 
-def _captured_bytes(run: Run, batch: Batch, value: object) -> int:
-    """Inputs and outputs of every leaf module for one batch, twice: the graph's own copies and their gradients."""
-    leaves = {name: module for name, module in run.task.model.named_modules() if not list(module.children())}
-    with recording(leaves) as tape:
-        run.train.run(value, batch.rows)
-    total = _tensor_bytes(value)
-    for calls in tape.calls.values():
-        for call in calls:
-            element = torch.empty(0, dtype=run.dtype).element_size()
-            total += (
-                _tensor_bytes((call.args, call.kwargs))
-                + 2 * sum(shape.numel() for shape in call.shapes) * element
-            )
-    return total
+    def _own_step(self) -> int:
+        run, rows = self.run, 0
+        for batch, value in islice(run.batches(run.train, start=_usual(run.train)), 2):
+            for block in compared(run, run.gradients(run.train, batch, value)).values():
+                block.squared_norm()
+            rows += batch.size
+        return rows
 
+    def _with_queries(self) -> Plan:
+        run, m = self.run, len(self.run.asked.rows)
+        found = self._check(run.asked)
+        routes = self._routes(found)
+        del found
+        asked, one = self._query_step()
+        per_query = one.nbytes() / one.size
+        total = 1 if self.verb == "influence" else self.c
+        budget = query_budget(run, self.verb) // total
+        tile = min(m, max(*run.asked.rows.sizes, int(budget / max(per_query, 1e-9))))
+        tiles = -(-m // tile)
+        queries = _stretched(one, tile)
+        largest = max((block.nbytes for block in queries.blocks.values()), default=0)
+        del one
+        self._check(run.train)
+        step = _repeated(run, partial(self._train_step, queries))
+        holding = int(per_query * tile)
+        del queries
+        fixed = self._fixed() + self.c * asked.per_row * m
+        if self.verb == "influence":
+            passes = self.c * tiles
+            parts, extra = self._influence_parts(holding, asked, largest, step)
+        else:
+            passes = self.c * tiles
+            parts, extra = self._top_k_parts(holding, asked, largest, step, tile)
+        return self._told(parts, fixed + passes * step.per_row * self.n + extra, passes, routes)
 
-def _routes(run: Run, blocks: dict[tuple[str, ...], Block], rows: int) -> tuple[Route, ...]:
-    wiring = run.train.wiring
-    routes = []
-    for names, block in blocks.items():
-        reasons = "; ".join(dict.fromkeys(wiring.reasons[name] for name in names if name in wiring.reasons))
-        routes.append(
-            Route(names, wiring.route(names[0]), type(block).__name__, block.nbytes // rows, reasons)
+    def _routes(self, found: Any) -> tuple[Route, ...]:
+        plain = compared(self.run, found)
+        kept = {names: held(block, self.n) for names, block in plain.items()}
+        return routes_of(self.run.train.wiring, found.blocks, kept, self.n)
+
+    def _query_step(self) -> tuple[_Cost, HeldQueries]:
+        """One batch of queries, held."""
+        run = self.run
+        start = _usual(run.asked)
+        size = next(iter(run.batches(run.asked, start=start)))[0].size
+        rows = range(start, start + size)
+        cost = _repeated(run, lambda: same_queries(run, rows).size)
+        return cost, same_queries(run, rows)
+
+    def _train_step(self, queries: HeldQueries) -> int:
+        run, rows = self.run, 0
+        for batch, value in islice(run.batches(run.train, start=_usual(run.train)), 2):
+            value = to_device(value, run.loaded.device, copy=self.verb == "top_k")
+            part = score_batch(run, batch, value, queries).cpu()
+            sums = torch.zeros_like(part)
+            sums += part
+            rows += batch.size
+        return rows
+
+    def _influence_parts(
+        self, holding: int, asked: _Cost, largest: int, step: _Cost
+    ) -> tuple[dict[str, int], float]:
+        run = self.run
+        result = sizes_of(run, "influence").result
+        joined = max(asked.peak, largest, self.checks[0].peak)
+        batch = max(step.peak, self.checks[-1].peak, joined)
+        return {"scores": result, "held queries": holding, "a batch": batch}, 0.0
+
+    def _top_k_parts(
+        self, holding: int, asked: _Cost, largest: int, step: _Cost, tile: int
+    ) -> tuple[dict[str, int], float]:
+        run = self.run
+        rows = min(self.n, tile_rows(run, tile))
+        tiles = -(-self.n // rows)
+        value = next(iter(run.batches(run.train, start=_usual(run.train))))[0]
+        decoded = sum(_bytes(leaf) for leaf in _leaves(value.value)) // value.size
+        lists = Strongest(min(self.k, self.n), slice(0, tile), None)
+        scores = torch.zeros(tile, rows, dtype=run.dtype)
+        cost, _ = _once(run, partial(lists.add, scores, torch.arange(rows)))
+        del scores
+        batch = max(step.peak, asked.peak, largest, *(check.peak for check in self.checks), cost.peak)
+        parts = {
+            "lists": sizes_of(run, "top_k", self.k).result,
+            "held queries": holding * self.c,
+            "a tile of rows and scores": rows * (decoded + tile * run.dtype.itemsize),
+            "a batch": batch,
+        }
+        return parts, tiles * (cost.seconds + self.c * self.again.seconds)
+
+    def _fixed(self) -> float:
+        """Seconds of loading, wiring and checking."""
+        return (
+            self.first.seconds
+            + (self.c - 1) * self.again.seconds
+            + sum(check.seconds for check in self.checks)
         )
-    return tuple(routes)
+
+    def _told(self, parts: dict[str, int], seconds: float, passes: int, routes: tuple[Route, ...]) -> Plan:
+        run = self.run
+        loading = max(0, self.first.peak - sum(parts.values()))
+        own = {"copies of the parameters": self.copies, "loading": loading, "libraries": LIBRARIES}
+        peak = sum(parts.values()) + sum(own.values())
+        sizes = sizes_of(run, self.verb, self.k)
+        ways = ways_to_fit(run, sizes) if sizes.least > run.settings.memory else ()
+        return Plan(
+            peak,
+            seconds,
+            passes,
+            routes,
+            self.verb,
+            run.settings.memory,
+            (*parts.items(), *own.items()),
+            ways,
+        )
+
+
+def tile_rows(run: Run, m: int) -> int:
+    """Rows of a tile of ``top_k``."""
+    return max(*run.train.rows.sizes, run.settings.memory // 16 // (m * 8))
+
+
+def _stretched(one: HeldQueries, m: int) -> HeldQueries:
+    """As many queries as a tile holds, of one batch again and again: their number counts, not what they are."""
+    times = -(-m // one.size)
+    blocks = {names: concatenate([block] * times).rows(0, m) for names, block in one.blocks.items()}
+    weights = None if one.weights is None else one.weights.repeat(times)[:m]
+    return HeldQueries(0, m, blocks, weights)
+
+
+def _leaves(value: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _tensors(run: Run) -> list[Tensor]:
+    return [*run.task.model.parameters(), *run.task.model.buffers()]

@@ -19,10 +19,13 @@ from tracin.gradients.blocks import Block
 from tracin.gradients.check import checked_gradients
 from tracin.gradients.engine import BatchGradients, Keys, Source, name_not_finite
 from tracin.gradients.features import Projector
+from tracin.gradients.precision import cast_of
 from tracin.gradients.products import dot
 from tracin.gradients.projection import Projection
 from tracin.gradients.sites import LossModule
 from tracin.gradients.wiring import wire
+from tracin.scoring import kept
+from tracin.scoring.arithmetic import require_arithmetic
 from tracin.scoring.guard import LoadedModel, guarded
 from tracin.tasks import Selection, Task
 
@@ -43,6 +46,7 @@ class Settings:
     memory: int = 2 << 30
     progress: bool = True
     projection: Projection | None = None
+    precision: str = "float32"
 
 
 def parse_memory(memory: str | int) -> int:
@@ -121,6 +125,9 @@ class Run:
     index: int = 0
     projector: Projector | None = None
     passes: Passes = field(default_factory=Passes)
+    row_bytes: int | None = 0
+    decoded: dict[str, kept.Kept] = field(default_factory=dict)
+    resident: bool = False
     _checked: set[str] = field(default_factory=set)
 
     @property
@@ -148,13 +155,33 @@ class Run:
                 f"normalize=True needs one learning rate per checkpoint; {checkpoint.name} has several. Use "
                 "weighting='uniform', or normalize=False."
             )
-        self.loaded.load(checkpoint)
+        self.loaded.load(checkpoint, index if self.resident else None)
         self.where, self.index = checkpoint.name, index
         for source in self.sources():
             source.where = f"{source.rows.name}, {checkpoint.name}"
         if any(source.found is None for source in self.sources()):
             self._wire_all()
             self.keys = Keys.of(*(s.wiring for s in self.sources() if s.found is not None))
+
+    def go(self, index: int) -> None:
+        """Go to a checkpoint, unless it is loaded already."""
+        if not self.where or self.index != index:
+            self.load(index)
+
+    def stay_resident(self) -> None:
+        """Before the first is loaded: keep all checkpoints' tensors, where they fit their share of the memory."""
+        need = len(self.trajectory) * self.loaded.nbytes()
+        self.resident = len(self.trajectory) > 1 and need <= self.settings.memory // kept.PARAMETERS
+
+    def keep_rows(self) -> None:
+        """Keep the batches that the user's code makes from here on, where all of them fit their share of the memory."""
+        for source, share in zip(self.sources(), (kept.ALL_ROWS, kept.ALL_QUERIES), strict=False):
+            if source.rows.decodes:
+                self.decoded[source.rows.name] = kept.Kept(self.settings.memory // share)
+
+    def forget_rows(self, source: Source) -> None:
+        """Keep no batches of a source."""
+        self.decoded.pop(source.rows.name, None)
 
     def _wire_all(self) -> None:
         """Wire every source; queries under the training loss take the train rows' wiring, which their first batch checks."""
@@ -176,6 +203,8 @@ class Run:
         take = SteadyTake(source.rows, source.device)
         try:
             source.found = wire(source.root, self.selection.traced, source.run, take, rows)
+            if source is self.train:
+                self.row_bytes = take.row_bytes
         except LossError:
             first = next(iter(source.rows.batches()))  # the user's own batch says more than the probe's
             source.run(to_device(first.value, source.device), first.rows)
@@ -198,16 +227,28 @@ class Run:
         Yields:
             Each batch, and its value on the device.
         """
-        for batch in source.rows.batches():
-            if stop is not None and batch.start >= stop:
-                return
-            if batch.start >= start:
-                self.check_unchanged(source, batch)
-                yield batch, to_device(batch.value, self.loaded.device)
+        held = self.decoded.get(source.rows.name)
+        for batch in self.read(source, start=start, stop=stop):
+            again = held is not None and held.holds(batch)
+            yield batch, to_device(batch.value, self.loaded.device, copy=again)
+
+    def read(self, source: Source, *, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        """The same batches as the user's code makes them, or as they were kept, which must not be written into."""
+        held = self.decoded.get(source.rows.name)
+        whole = held.all_of(source.rows.spans(start, stop)) if held is not None else None
+        if whole is not None:
+            yield from whole
+            return
+        for batch in source.rows.batches(start, stop):
+            self.check_unchanged(source, batch)
+            if held is not None:
+                held.offer(batch)
+            yield batch
 
     def check_unchanged(self, source: Source, batch: Batch) -> None:
-        """Compare a batch with that of the pass before."""
-        self.passes.check(source.rows, batch)
+        """Compare a batch with that of the pass before; slices of tensors in memory are the same."""
+        if source.rows.decodes:
+            self.passes.check(source.rows, batch)
 
     def gradients(self, source: Source, batch: Batch, value: Any) -> BatchGradients:
         """A batch's per-example gradients; the first batch of each source is checked against autograd."""
@@ -305,10 +346,18 @@ def opened(
     if queries is not None:
         sides.append((open_rows(queries, name="queries", **opening), task.query_loss or task.loss))
     with guarded(task.model, settings.device) as loaded:
-        sources = [Source(LossModule(task.model, loss), loss, rows, loaded.device) for rows, loss in sides]
+        dtypes = frozenset(parameter.dtype for parameter in selection.traced.values())
+        require_arithmetic(loaded.device, settings.precision, dtypes, settings.normalize)
+        dtype = cast_of(settings.precision)
+        cast = None if dtype is None else (loaded.device.type, dtype)
+        sources = [
+            Source(LossModule(task.model, loss, cast), loss, rows, loaded.device) for rows, loss in sides
+        ]
         for source in sources:
             source.root.eval()
-        yield Run(
+            source.rows.pinned = loaded.device.type == "cuda"
+            source.rows.rereads = True
+        run = Run(
             task,
             trajectory,
             settings,
@@ -318,3 +367,10 @@ def opened(
             sources[1] if queries is not None else None,
             projector=projector,
         )
+        if len(trajectory) > 1:
+            run.keep_rows()
+        try:
+            yield run
+        finally:
+            for source in sources:
+                source.rows.close()

@@ -7,18 +7,22 @@ scores and the lists: nothing grows with the number of train rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tracin.data import Batch, to_device
 from tracin.options import whole_number
-from tracin.progress import progress
-from tracin.scoring.passes import HeldQueries, first_queries, same_queries, score_batch
+from tracin.progress import Progress, progress
+from tracin.scoring.fits import query_budget, refuse_too_large
+from tracin.scoring.order import tile_spans, tile_visits
+from tracin.scoring.passes import HeldQueries, add_scores, resident_queries
 from tracin.scoring.run import Run
 from tracin.shapes import Bool, Int
+
+# Of the memory allowed, the share of a tile's scores; merging it into the lists takes as much again.
+SCORES = 32
 
 __all__ = ["Lists", "Strongest", "Within", "check_k", "merge", "top_k"]
 
@@ -139,41 +143,6 @@ def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return best.gather(1, order), at.gather(1, order)
 
 
-def _train_tiles(run: Run, rows: int) -> Iterator[list[Batch]]:
-    """Consecutive batches of about ``rows`` rows, kept on the CPU so that every checkpoint can read them."""
-    tile: list[Batch] = []
-    for batch in run.train.rows.batches():
-        tile.append(batch)
-        if sum(b.size for b in tile) >= rows:
-            yield tile
-            tile = []
-    if tile:
-        yield tile
-
-
-def _resident(run: Run, budget: int) -> Iterator[list[HeldQueries]]:
-    """Hold the queries tile by tile, each at every checkpoint.
-
-    Args:
-        run: A run with queries.
-        budget: Bytes for one tile at all checkpoints; the first one says how many queries fit.
-
-    Yields:
-        A tile's gradients, checkpoint by checkpoint.
-    """
-    start, m = 0, len(run.asked.rows)
-    while start < m:
-        run.load(0)
-        tile = first_queries(run, start, budget // len(run.trajectory))
-        rows = range(start, start + tile.size)
-        tiles = [tile]
-        for index in range(1, len(run.trajectory)):
-            run.load(index)
-            tiles.append(same_queries(run, rows))
-        yield tiles
-        start = rows.stop
-
-
 def top_k(
     run: Run, k: int, within: Within | None = None, resident: Iterable[list[HeldQueries]] | None = None
 ) -> tuple[Lists, Lists]:
@@ -190,30 +159,40 @@ def top_k(
     """
     n = len(run.train.rows)
     check_k(k, n)
-    held = _resident(run, run.settings.memory // 2) if resident is None else resident
-    done = [_scan(run, tile, k, within) for tile in held]
-    high = Lists(torch.cat([lists.values for lists, _ in done]), torch.cat([lists.ids for lists, _ in done]))
-    low = Lists(torch.cat([lists.values for _, lists in done]), torch.cat([lists.ids for _, lists in done]))
-    return high, low
+    c, asked = len(run.trajectory), len(run.asked.rows)
+    run.stay_resident()
+    run.go(0)
+    refuse_too_large(run, "top_k", k)
+    high, low = _Stack(), _Stack()
+    with progress("top-k", c * (n + (asked if resident is None else 0)), show=run.settings.progress) as bar:
+        tiles = resident_queries(run, query_budget(run, "top_k"), bar) if resident is None else resident
+        for tile in tiles:
+            if tile[0].start:
+                bar.grow(c * n)
+            if tile[0].size == asked:
+                run.forget_rows(run.train)  # one pass over the rows is all
+            for stack, lists in zip((high, low), _scan(run, tile, k, within, bar), strict=True):
+                stack.append(lists)
+            del tile  # before the next is made
+    return high.joined(), low.joined()
 
 
-def _scan(run: Run, resident: list[HeldQueries], k: int, within: Within | None) -> tuple[Lists, Lists]:
+class _Stack(list[Lists]):
+    """The lists of consecutive queries."""
+
+    def joined(self) -> Lists:
+        return Lists(torch.cat([lists.values for lists in self]), torch.cat([lists.ids for lists in self]))
+
+
+def _scan(
+    run: Run, resident: list[HeldQueries], k: int, within: Within | None, bar: Progress
+) -> tuple[Lists, Lists]:
+    """One pass over the train rows, each tile of them at all checkpoints."""
     m, start = resident[0].size, resident[0].start
-    n = len(run.train.rows)
-    rows = max(*run.train.rows.sizes, min(n, run.settings.memory // 16 // (m * 8)))
     strongest = Strongest(k, slice(start, start + m), within)
-    with progress("top-k", n * len(resident), show=run.settings.progress) as bar:
-        for tile in _train_tiles(run, rows):
-            first, size = tile[0].start, sum(batch.size for batch in tile)
-            values = torch.zeros(m, size, dtype=run.dtype)
-            for index, queries in enumerate(resident):
-                run.load(index)
-                for batch in tile:
-                    run.check_unchanged(run.train, batch)
-                    part = score_batch(
-                        run, batch, to_device(batch.value, run.loaded.device, copy=True), queries
-                    )
-                    values[:, batch.start - first : batch.start - first + batch.size] += part.mT.cpu()
-                    bar.advance(batch.size)
-            strongest.add(values, torch.arange(first, first + size))
+    for tile in tile_spans(run, run.settings.memory // SCORES // (m * run.dtype.itemsize)):
+        values = torch.zeros(m, len(tile), dtype=run.dtype)
+        for index, batches in tile_visits(run, tile):
+            add_scores(run, batches, resident[index], values, tile.start, bar)
+        strongest.add(values, torch.arange(tile.start, tile.stop))
     return strongest.lists()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,10 +24,12 @@ class Verification:
     Attributes:
         max_relative_error: The largest ‖Δ‖ / ‖reference‖ over parameters, rows and checkpoints.
         errors: The largest error of each traced parameter.
-        tolerance: What counts as exact for the model's dtype.
+        tolerance: What counts as exact for the arithmetic.
         rows: Positions of the rows compared.
         checkpoints: Number of checkpoints.
         coverage: Which parameters were traced, by which route.
+        precision: The arithmetic of the gradients. Under ``"bfloat16"`` the errors are against autograd without autocast, so
+            they contain all rounding of the forward and backward pass.
     """
 
     max_relative_error: float
@@ -36,17 +38,21 @@ class Verification:
     rows: tuple[int, ...]
     checkpoints: int
     coverage: Coverage
+    precision: str = "float32"
 
     @property
     def exact(self) -> bool:
-        """Whether every parameter agrees within the tolerance."""
+        """Whether every parameter agrees within the tolerance, which is that of bfloat16 where this is the precision."""
         return self.max_relative_error <= self.tolerance
 
     def __str__(self) -> str:
-        verdict = "exact" if self.exact else "NOT exact"
+        low = self.precision != "float32"
+        word = f"right to {self.precision}" if low else "exact"
+        verdict = word if self.exact else f"NOT {word}"
+        judge = "autograd without autocast" if low else "autograd"
         return (
-            f"{verdict}: largest relative error {self.max_relative_error:.1e} against autograd "
-            f"({len(self.rows)} rows × {self.checkpoints} checkpoints; up to {self.tolerance:.0e} counts as exact). "
+            f"{verdict}: largest relative error {self.max_relative_error:.1e} against {judge} "
+            f"({len(self.rows)} rows × {self.checkpoints} checkpoints; up to {self.tolerance:.0e} counts as {word}). "
             f"{self.coverage}"
         )
 
@@ -86,6 +92,7 @@ def verify(run: Run, rows: int = 8, seed: int = 0) -> Verification:
         rows=tuple(chosen),
         checkpoints=len(run.trajectory),
         coverage=coverage_of(run.selection, run.train.wiring, run.train.irregular),
+        precision=run.settings.precision,
     )
 
 
@@ -96,4 +103,9 @@ def _compare(run: Run, rows: list[int]) -> dict[str, float]:
     value = to_device(batch.value, run.loaded.device)
     found = checked_gradients(run.train, run.keys, batch, value, run.selection.traced, False, keep_graph=True)
     refuse_mixing(run.train, batch, found.losses, seen)
-    return row_errors(found, run.selection.traced, list(range(len(rows))), run.train.dtype)
+    judge, dtype = found, run.train.dtype
+    if run.train.root.cast is not None:
+        with run.train.root.as_it_is():
+            losses = run.train.run(run.train.take(rows), rows)
+        judge, dtype = replace(found, losses=losses), run.dtype
+    return row_errors(judge, run.selection.traced, list(range(len(rows))), dtype)

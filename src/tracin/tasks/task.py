@@ -135,6 +135,8 @@ def row_losses(
     rows: Sequence[int],
     where: str,
     mend: str = "leave the checkpoint out",
+    *,
+    look: bool = True,
 ) -> Tensor:
     """Run the user's loss and hold it to its contract: a differentiable vector [n], finite.
 
@@ -145,6 +147,7 @@ def row_losses(
         rows: Positions of the batch's rows, for messages.
         where: Checkpoint and data source, for messages.
         mend: What can be done about a loss that is not finite, for messages.
+        look: Look for losses that are not finite, for which an accelerator must be waited for.
 
     Returns:
         The losses [n], with their graph.
@@ -182,7 +185,7 @@ def row_losses(
             "the loss is cut off from the model's parameters (no gradient reaches it). Look for .detach(), "
             ".item(), torch.no_grad() or torch.inference_mode() in the loss or the model."
         )
-    if not math.isfinite(float(losses.detach().sum())):
+    if look and not math.isfinite(float(losses.detach().sum())):
         finite = torch.isfinite(losses.detach())
         if bool(finite.all()):
             return losses

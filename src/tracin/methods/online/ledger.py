@@ -151,11 +151,10 @@ class OnlineTracIn:
             )
         rows = row_ids(ids, self.n_train)
         opened = OpenStep(self._seen, rows, self._task, self._traced, self._queries, self._optimizer)
-        asked = self._asked(len(rows)) if self._seen % self.every == 0 else None
         self._open = opened
         try:
-            if asked is not None:
-                opened.record(asked)
+            if self._seen % self.every == 0:
+                opened.record(self._asked(len(rows)))
             yield
             opened.check_taken()
         finally:
@@ -345,7 +344,9 @@ class OnlineTracIn:
         results = opened.results(self.update)
         if results is not None and opened.asked is not None:
             shares, carried = results
-            change = opened.asked.losses - self._losses_after(len(opened.ids))
+            before = opened.asked.losses
+            opened.release()
+            change = before - self._losses_after(len(opened.ids))
             self._book.add(
                 opened.ids, shares, step=self._seen, factor=opened.factor, carried=carried, change=change
             )

@@ -21,12 +21,11 @@ from tracin.gradients.products import concatenate, held
 from tracin.gradients.sites import LossModule, Wiring
 from tracin.gradients.wiring import wire
 from tracin.methods.online.order import RowOrder
+from tracin.methods.online.shares import Weighted, each_norm
 from tracin.methods.online.tape import paused
 from tracin.scoring.guard import guarded
+from tracin.scoring.tree import tree_of
 from tracin.tasks import Selection, Task
-
-# One call for all tensors; the public function of it gives their common norm alone.
-_norms = getattr(torch, "_foreach_norm")  # noqa: B009
 
 __all__ = ["MEND", "Asked", "Queries", "along", "flat", "scaled", "versions"]
 
@@ -104,11 +103,14 @@ class Queries:
 
     def state(self) -> tuple[Any, ...]:
         """What changes when a parameter or buffer does: places and versions, those of parameters first, and norms."""
-        parameters, buffers = list(self.model.parameters()), list(self.model.buffers())
-        tensors = [*parameters, *buffers]
-        floats = [tensor.detach() for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
-        norms = torch.stack([norm.double() for norm in _norms(floats)])
-        return versions(parameters), versions(buffers), tuple(norms.tolist())
+        tree = tree_of(self.model)
+        tensors = (*tree.parameters, *tree.buffers)
+        floats = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+        with torch.no_grad():
+            norms = each_norm(floats)
+            if len({norm.dtype for norm in norms}) > 1:
+                norms = [norm.double() for norm in norms]
+        return versions(tree.parameters), versions(tree.buffers), tuple(torch.stack(norms).tolist())
 
     def gradients(self, train_rows: int) -> Asked:
         """Losses and gradients of all queries at the model's present weights.
@@ -160,7 +162,7 @@ class Queries:
             Nothing.
         """
         with paused(), guarded(self.model, self.device):
-            self._source.root.eval()
+            self._source.root.training = False
             yield
 
     def _wire(self, source: Source, inside: bool = False) -> Wiring:
@@ -209,6 +211,8 @@ def versions(tensors: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
 
 def _joined(parts: Sequence[Blocks], batches: Sequence[Batch]) -> Blocks:
     """Gradients of consecutive batches as one block each; a batch that does not use a parameter has zeros."""
+    if len(parts) == 1:
+        return parts[0]
     out: Blocks = {}
     for key in dict.fromkeys(key for part in parts for key in part):
         some = next(part[key] for part in parts if key in part)
@@ -225,7 +229,7 @@ def _zeros_like(block: Block, n: int) -> Block:
     return Dense(some.new_zeros(n, some.shape[1]))
 
 
-def scaled(block: Block, sizes: Mapping[str, int], factors: Mapping[str, float | Tensor]) -> Block | None:
+def scaled(block: Block, sizes: Mapping[str, int], factors: Mapping[str, float | Tensor]) -> Weighted | None:
     """Query gradients times the own term's factors; None where no parameter of the block is moved.
 
     Args:
@@ -234,14 +238,16 @@ def scaled(block: Block, sizes: Mapping[str, int], factors: Mapping[str, float |
         factors: Numbers, or tensors of the parameters' shapes; absent where the optimizer does not move the parameter.
 
     Returns:
-        The block, multiplied out where a factor is a tensor.
+        The block, multiplied out where a factor is a tensor, and the number that all its parameters have in common.
     """
     found = [factors.get(name, 0.0) for name in sizes]
     if all(isinstance(factor, float) for factor in found):
         rates = [float(factor) for factor in found]
+        if len(set(rates)) == 1:
+            return Weighted(block, rates[0]) if rates[0] else None
         if isinstance(block, Dense):
             block = Dense(block.values, tuple(sizes.values()))
-        return block.scaled(rates) if any(rates) else None
+        return Weighted(block.scaled(rates))
     values = block.materialise()
     flat = [
         factor.reshape(-1).to(values.dtype)
@@ -249,7 +255,7 @@ def scaled(block: Block, sizes: Mapping[str, int], factors: Mapping[str, float |
         else values.new_full((size,), factor)
         for factor, size in zip(found, sizes.values(), strict=True)
     ]
-    return Dense(values * torch.cat(flat))
+    return Weighted(Dense(values * torch.cat(flat)))
 
 
 def along(block: Block, direction: Tensor) -> Tensor:

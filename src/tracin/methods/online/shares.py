@@ -23,9 +23,20 @@ from tracin.gradients.blocks import Block, Convolution, Dense
 from tracin.gradients.products import dot
 from tracin.methods.online.tape import Segment
 
-__all__ = ["Captured", "captured", "common_factor", "row_products"]
+# One call for all tensors; the public function of it gives their common norm alone.
+each_norm = getattr(torch, "_foreach_norm")  # noqa: B009
+
+__all__ = ["Captured", "Weighted", "captured", "common_factor", "each_norm", "row_products"]
 
 Blocks = dict[tuple[str, ...], Block]
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """Query gradients, and one number that their products are multiplied with."""
+
+    block: Block
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -98,9 +109,11 @@ def common_factor(found: Captured, traced: Mapping[str, nn.Parameter], dtype: to
     """
     actual = {name: _gradient(traced[name]) for name in found.totals}
     pairs = {name: (total, actual[name].to(total.dtype)) for name, total in found.totals.items()}
-    products = torch.stack([torch.dot(mine, theirs) for mine, theirs in pairs.values()]).double()
-    squares = torch.stack([torch.dot(mine, mine) for mine, _ in pairs.values()]).double()
-    square, product = float(squares.sum()), float(products.sum())
+    mixed = [torch.dot(mine, theirs) for mine, theirs in pairs.values()]
+    products, squares = (
+        torch.stack([*mixed, *(torch.dot(mine, mine) for mine, _ in pairs.values())]).double().chunk(2)
+    )
+    product, square = torch.stack([products.sum(), squares.sum()]).tolist()
     if not (math.isfinite(square) and math.isfinite(product)):
         raise NotFiniteError(
             f"the gradient of {_not_finite(found, actual)} is NaN or infinite when the optimizer steps. Lower the learning rate, "
@@ -130,11 +143,11 @@ def _errors(
     found: Captured, pairs: Mapping[str, tuple[Tensor, Tensor]], factor: float, dtype: torch.dtype
 ) -> dict[str, float]:
     """Relative errors of the parameters that look wrong; those that agree at first sight are left out."""
-    norms = torch.stack([torch.linalg.vector_norm(theirs) for _, theirs in pairs.values()])
-    rest = torch.stack(
-        [torch.linalg.vector_norm(torch.sub(theirs, mine, alpha=factor)) for mine, theirs in pairs.values()]
-    )
-    agree = (rest <= tolerance(dtype) * norms).tolist()
+    sums, gradients = [mine for mine, _ in pairs.values()], [theirs for _, theirs in pairs.values()]
+    rest = torch._foreach_sub(gradients, sums, alpha=factor)  # pyright: ignore[reportPrivateImportUsage]
+    norms = torch.stack(each_norm([*gradients, *rest])).double()
+    norms, rests = norms.chunk(2)
+    agree = (rests <= tolerance(dtype) * norms).tolist()
     total = float(torch.linalg.vector_norm(norms))
     out = {}
     for (name, (mine, theirs)), agreed in zip(pairs.items(), agree, strict=True):
@@ -159,13 +172,13 @@ def _not_finite(found: Captured, actual: Mapping[str, Tensor]) -> str:
 
 
 def row_products(
-    segments: Sequence[Segment], queries: Mapping[tuple[str, ...], Block], like: Tensor
+    segments: Sequence[Segment], queries: Mapping[tuple[str, ...], Weighted], like: Tensor
 ) -> Tensor:
     """Products of every row of a step with every query, [b, q].
 
     Args:
         segments: The micro-batches in forward order.
-        queries: The queries' gradients, times the own term's factors.
+        queries: The queries' gradients, and what their products are multiplied with.
         like: [q], of the products' dtype.
 
     Returns:
@@ -173,10 +186,29 @@ def row_products(
     """
     parts = []
     for segment in segments:
-        total = like.new_zeros(segment.rows or 0, len(like))
+        totals: dict[float, Tensor] = {}
         for names, blocks in segment.blocks.items():
+            if names not in queries:
+                continue
+            query = queries[names]
+            total = totals.get(query.factor)
+            if total is None:
+                total = totals[query.factor] = like.new_zeros(segment.rows or 0, len(like))
             for block in blocks:
-                if names in queries:
-                    total += dot(block, queries[names])
-        parts.append(total.double().cpu())
-    return torch.cat(parts)
+                _add_products(total, block, query.block)
+        own = torch.zeros(segment.rows or 0, len(like), dtype=torch.float64)
+        for factor, total in totals.items():
+            own.add_(total.double().cpu(), alpha=factor)
+        parts.append(own)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _add_products(total: Tensor, rows: Block, queries: Block) -> None:
+    if (
+        isinstance(rows, Dense)
+        and isinstance(queries, Dense)
+        and rows.values.dtype == queries.values.dtype == total.dtype
+    ):
+        total.addmm_(rows.values, queries.values.mT)
+    else:
+        total += dot(rows, queries)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,6 +59,12 @@ class OpenStep:
         """Take the hooks off the model."""
         if self.tape is not None:
             self.tape.close()
+
+    def release(self) -> None:
+        """Let go of all gradients, before those of the queries at the new weights are made."""
+        self.close()
+        self.tape = self.asked = self.found = None
+        self.before = {}
 
     def begins(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The optimizer is about to step.
@@ -138,13 +145,13 @@ class OpenStep:
             names: scaled(block, {name: sizes[name] for name in names}, factors)
             for names, block in self.asked.blocks.items()
         }
-        queries = {names: block for names, block in weighted.items() if block is not None}
+        queries = {names: found for names, found in weighted.items() if found is not None}
         some = next(iter(self.traced.values()))
         like = torch.empty(len(self.queries), dtype=accumulation_dtype(some.dtype), device=some.device)
         shares = self.factor * row_products(self.found.segments, queries, like)
-        if not bool(torch.isfinite(shares).all()):
-            self._refuse(self.found, self.asked, shares)
         own = shares.sum(0)
+        if not math.isfinite(float(own.sum())):
+            self._refuse(self.found, self.asked, shares)
         if not self.before:
             return shares, torch.zeros_like(own)
         moved = torch.zeros_like(own)
@@ -188,7 +195,10 @@ class OpenStep:
 
 def _refuse_infinite(factors: Mapping[str, float | Tensor], number: int) -> None:
     for name, factor in factors.items():
-        if not bool(torch.isfinite(torch.as_tensor(factor)).all()):
+        finite = (
+            math.isfinite(factor) if not isinstance(factor, Tensor) else bool(torch.isfinite(factor).all())
+        )
+        if not finite:
             raise NotFiniteError(
                 f"the step of {name} divides by √v̂ + ε, which is 0 or not finite where its gradients were (step {number}). "
                 "Give Adam an eps above 0, and look for gradients that are not finite."
@@ -218,9 +228,10 @@ def row_ids(ids: Any, n_train: int) -> Tensor:
         raise DataError(f"ids has the shape {list(found.shape)}. Give one position per row of the step, [b].")
     if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
         raise DataError(f"ids is {found.dtype}. Give whole numbers, the positions in the training set.")
-    found = found.to(torch.int64).clone()
-    wrong = (found < 0) | (found >= n_train)
-    if bool(wrong.any()):
+    found = found.to(torch.int64, copy=True)
+    lowest, highest = (int(end) for end in found.aminmax())
+    if lowest < 0 or highest >= n_train:
+        wrong = (found < 0) | (found >= n_train)
         raise DataError(
             f"id {int(found[wrong][0])} is out of range: the training set has n_train={n_train} rows, 0 to {n_train - 1}."
         )

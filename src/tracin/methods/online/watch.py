@@ -127,6 +127,8 @@ def refuse_other_parameters(
         raise LoopError(f"{frozen[0]} was frozen after the ledger was made, and is traced. {mend}")
     known = {id(parameter) for parameter in traced.values()}
     moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if moved <= known:
+        return
     for name, parameter in task.select().traced.items():
         if id(parameter) in moved - known and _has_gradient(parameter):
             raise LoopError(

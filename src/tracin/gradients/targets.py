@@ -1,0 +1,233 @@
+r"""Sums of gradients by group, and products of a batch with a few such sums.
+
+    T_s = Σ_{z' in s} g(z')      [g, p]          ⟨g(z), T_s⟩      [n, g]
+
+A sum costs what an ordinary weight gradient costs: Σ_n δ_nᵀ a_n over the rows of a group is one matrix product, and no row
+is multiplied out by itself. Against few sums the train side need not be multiplied out either:
+
+    ⟨Σ_t δ_t ⊗ a_t, T⟩ = Σ_t δ_t · T a_t
+
+Axis letters: n rows · t uses · i in · o out · p parameters · g groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import grad as conv_grad
+
+from tracin.gradients.blocks import Block, Convolution, Dense, Outer, Rows, Sum, tiles
+from tracin.gradients.products import dot
+from tracin.shapes import Float, Int
+
+__all__ = ["Members", "add_sums", "dot_targets", "splits_of"]
+
+# What it costs to write and read an element, in multiply-adds.
+MOVED = 8
+
+
+@dataclass(frozen=True)
+class Members:
+    """Which rows of a batch belong to which group.
+
+    Attributes:
+        groups: The groups that the batch has rows of, ascending.
+        sizes: Rows of each.
+        order: The batch's rows that belong to a group, group by group [r]; None: all rows, of one group.
+    """
+
+    groups: tuple[int, ...]
+    sizes: tuple[int, ...]
+    order: Int[Tensor, " r"] | None
+
+    @classmethod
+    def of(cls, group: Int[Tensor, " n"], device: torch.device) -> Members:
+        """The members of a batch.
+
+        Args:
+            group: The group of each row, on the CPU; negative: of none.
+            device: Where the gradients are.
+
+        Returns:
+            Its members.
+        """
+        inside = group[group >= 0]
+        found, counts = torch.unique(inside, return_counts=True)
+        groups, sizes = tuple(found.tolist()), tuple(counts.tolist())
+        if len(groups) == 1 and len(inside) == len(group):
+            return cls(groups, sizes, None)
+        order = torch.sort(group, stable=True).indices[len(group) - len(inside) :]
+        return cls(groups, sizes, order.to(device))
+
+    def parts(self) -> list[tuple[int, int, int]]:
+        """Each group with where its rows start and stop in the order."""
+        found, start = [], 0
+        for group, size in zip(self.groups, self.sizes, strict=True):
+            found.append((group, start, start + size))
+            start += size
+        return found
+
+
+def add_sums(block: Block, members: Members, out: Float[Tensor, "g p"]) -> Tensor:
+    """Add the gradients of a batch to the sums of their groups, in place.
+
+    Args:
+        block: n gradients.
+        members: Which row belongs to which group.
+        out: The sums so far; the weight's entries first, then the bias's.
+
+    Returns:
+        A number that is finite where everything added was, [].
+
+    Example:
+        >>> x, sums = Outer(torch.ones(3, 1, 2), torch.ones(3, 1, 1)), torch.zeros(2, 2)
+        >>> _ = add_sums(x, Members.of(torch.tensor([1, 0, 1]), sums.device), sums)
+        >>> sums
+        tensor([[1., 1.],
+                [2., 2.]])
+    """
+    if isinstance(block, Sum):
+        return torch.stack([add_sums(part, members, out) for part in block.parts]).sum()
+    mine = block if members.order is None else _taken(block, members.order)
+    if isinstance(mine, Rows):
+        return _add_rows(mine, members, out)
+    if isinstance(mine, Convolution) and (len(members.groups) > 1 or mine.d.dtype == torch.float64):
+        return _add_multiplied_out(mine, members, out)
+    seen = []
+    for group, start, stop in members.parts():
+        part = mine.rows(start, stop) if len(members.groups) > 1 else mine
+        total = _weight_gradient(part) if isinstance(part, Convolution) else part.total()
+        out[group] += total
+        seen.append(total.sum())
+    return torch.stack(seen).sum()
+
+
+def _taken(block: Block, rows: Tensor) -> Block:
+    """These rows of a block, in this order."""
+    if isinstance(block, Outer):
+        return replace(block, a=block.a[rows], d=block.d[rows])
+    if isinstance(block, Convolution):
+        return replace(block, x=block.x[rows], d=block.d[rows])
+    if isinstance(block, Rows):
+        return replace(block, index=block.index[rows], d=block.d[rows])
+    return Dense(block.materialise()[rows])
+
+
+def _add_rows(block: Rows, members: Members, out: Tensor) -> Tensor:
+    """Every touched row goes to its place in the table of its group."""
+    groups = torch.tensor(members.groups, device=out.device)
+    sizes = torch.tensor(members.sizes, device=out.device)
+    offset = (groups * block.length).repeat_interleave(sizes, output_size=len(block))[:, None]
+    table = out.view(len(out) * block.length, block.d.shape[2])
+    table.index_add_(0, (block.index + offset).reshape(-1), block.d.flatten(0, 1).to(out.dtype))
+    return block.d.sum()
+
+
+def _add_multiplied_out(block: Convolution, members: Members, out: Tensor) -> Tensor:
+    """Weight gradients of single rows cost about what that of the batch costs; indicators add them in one order."""
+    groups = torch.tensor(members.groups, device=out.device)
+    sizes = torch.tensor(members.sizes, device=out.device)
+    of_row = torch.arange(len(groups), device=out.device).repeat_interleave(sizes, output_size=len(block))
+    seen = []
+    for start, stop in tiles(len(block), block.size):
+        values = block.rows(start, stop).materialise()
+        member = torch.nn.functional.one_hot(of_row[start:stop], len(groups)).to(values.dtype)
+        sums = member.mT @ values
+        out[groups] += sums
+        seen.append(sums.sum())
+    return torch.stack(seen).sum()
+
+
+def _weight_gradient(block: Convolution) -> Float[Tensor, " p"]:
+    """The ordinary weight gradient of the whole batch."""
+    shape = block.shape
+    function: Callable[..., Tensor] = (
+        conv_grad.conv1d_weight,
+        conv_grad.conv2d_weight,
+        conv_grad.conv3d_weight,
+    )[len(shape.kernel) - 1]
+    return function(
+        block.x.flatten(0, 1),
+        (shape.out_channels, shape.in_channels // shape.groups, *shape.kernel),
+        block.d.flatten(0, 1),
+        stride=shape.stride,
+        padding=shape.padding,
+        dilation=shape.dilation,
+        groups=shape.groups,
+    ).reshape(-1)
+
+
+def splits_of(block: Block, parameters: int) -> tuple[int, ...] | None:
+    """Entries of each parameter where a block holds several; None where it holds one.
+
+    Args:
+        block: The block.
+        parameters: How many it holds.
+
+    Returns:
+        The sizes.
+
+    Raises:
+        ValueError: The block does not know them.
+    """
+    if parameters == 1:
+        return None
+    if isinstance(block, Sum):
+        return splits_of(block.parts[0], parameters)
+    if isinstance(block, Dense) and block.splits is not None:
+        return block.splits
+    if isinstance(block, Outer) and block.bias is not None:
+        out = block.d.shape[2]
+        return block.size - out, out
+    raise ValueError(f"a {type(block).__name__} does not tell its {parameters} parameters apart")
+
+
+def dot_targets(train: Block, targets: Dense) -> Float[Tensor, "n g"]:
+    """All products of a batch with a few gradients that are multiplied out.
+
+    Args:
+        train: n gradients.
+        targets: g gradients of the same parameters.
+
+    Returns:
+        The products, [n, g].
+
+    Example:
+        >>> x = Outer(torch.ones(2, 1, 3), torch.ones(2, 1, 4), bias=1.0)
+        >>> dot_targets(x, Dense(x.total()[None]))
+        tensor([[32.],
+                [32.]])
+    """
+    if isinstance(train, Sum):
+        return torch.stack([dot_targets(part, targets) for part in train.parts]).sum(0)
+    if isinstance(train, Outer) and _contracting_is_cheaper(train, len(targets)):
+        return _contracted(train, targets.values)
+    return dot(train, targets)
+
+
+def _contracting_is_cheaper(train: Outer, g: int) -> bool:
+    """Multiply-adds and moved elements for each row: Σ_t δ_t · T a_t against Σ_t δ_t ⊗ a_t and its products."""
+    (_, t, i), o = train.a.shape, train.d.shape[2]
+    contracted = t * g * (i * o + MOVED * min(i, o))
+    return contracted <= (t + MOVED + g) * i * o
+
+
+def _contracted(train: Outer, targets: Float[Tensor, "g p"]) -> Float[Tensor, "n g"]:
+    (n, t, i), o, g = train.a.shape, train.d.shape[2], len(targets)
+    weight = targets[:, : o * i].reshape(g, o, i)
+    # The longer side first, so that less is left to multiply with the other.
+    first, second = (train.a, train.d) if i >= o else (train.d, train.a)
+    table = (weight if i >= o else weight.mT).reshape(-1, max(i, o)).mT  # [longer, g·shorter]
+    parts = []
+    for start, stop in tiles(n, t * g * min(i, o)):
+        left = first[start:stop].reshape((stop - start) * t, -1) @ table
+        right = second[start:stop].reshape((stop - start) * t, -1, 1)
+        found = torch.bmm(left.view(len(right), g, -1), right).view(stop - start, t, g)
+        parts.append(found[:, 0] if t == 1 else found.sum(1))
+    values = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if train.bias is not None:
+        values = values + (train.d.sum(1) * train.bias) @ targets[:, o * i :].mT
+    return values

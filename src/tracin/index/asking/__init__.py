@@ -1,0 +1,1 @@
+"""Asking an index: features of queries, a scan of the shards, and the distance from exact scores."""

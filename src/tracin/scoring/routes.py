@@ -1,0 +1,100 @@
+"""Which route each block of parameters takes, and why, in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tracin.gradients.blocks import Block, Convolution, Outer, Rows, Sum
+from tracin.gradients.sites import Wiring
+
+__all__ = ["Route", "routes_of"]
+
+Names = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Route:
+    """How one block of parameters is traced.
+
+    Attributes:
+        parameters: Their names.
+        route: ``rule …``, ``shared by the rows``, ``vmap …`` or ``by row``.
+        queries_held: How the queries' gradients are held.
+        bytes_per_query: What one of them takes.
+        reason: Why not by a rule, where it is not.
+        why: Why the queries are held as they are.
+    """
+
+    parameters: Names
+    route: str
+    queries_held: str
+    bytes_per_query: int
+    reason: str = ""
+    why: str = ""
+
+
+def _count(value: float) -> str:
+    for unit, power in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= power:
+            return f"{value / power:.3g} {unit}"
+    return f"{value:.0f}"
+
+
+def _compared(factored: float, out: float, chosen: Block) -> str:
+    held = "factored" if isinstance(chosen, Outer | Rows) else "multiplied out"
+    return f"{held}: products per pair {_count(factored)} factored, {_count(out)} multiplied out"
+
+
+def _why(made: Block, kept: Block, train_rows: int) -> str:
+    """The costs that ``products.held`` compares, for one train row and one query."""
+    m = max(1, len(made))
+    if isinstance(made, Outer):
+        t, i, o = made.uses, made.a.shape[2], made.d.shape[2]
+        return _compared(float(t * t * (i + o)), (t + m) * i * o / m + t * i * o / train_rows, kept)
+    if isinstance(made, Convolution):
+        t, o = made.d[0, :, 0].numel(), made.shape.out_channels
+        i = made.size // o
+        if made.shape.groups > 1:
+            return "multiplied out: a convolution in groups has no factors"
+        return _compared(float(t * t * (i + o)), (t + m) * i * o / m, kept)
+    if isinstance(made, Rows):
+        t = made.index.shape[1]
+        if isinstance(kept, Rows):
+            return f"matching tokens: {t} of {made.length:,} rows of the table are touched"
+        return f"multiplied out: {t} touched rows are many for a table of {made.length:,}"
+    if isinstance(made, Sum):
+        kinds = " and ".join(dict.fromkeys(type(part).__name__ for part in made.parts))
+        return f"multiplied out: one parameter used as {kinds}, whose cross terms count"
+    return ""
+
+
+def routes_of(
+    wiring: Wiring, made: Mapping[Names, Block], kept: Mapping[Names, Block], train_rows: int
+) -> tuple[Route, ...]:
+    """The routes of a run.
+
+    Args:
+        wiring: The routes by parameter.
+        made: A batch's gradients as the routes made them.
+        kept: The same as they are held or compared; empty where nothing is held.
+        train_rows: Train rows.
+
+    Returns:
+        One entry per block.
+    """
+    out = []
+    for names, block in made.items():
+        reasons = "; ".join(dict.fromkeys(wiring.reasons[name] for name in names if name in wiring.reasons))
+        if names in kept:
+            size, holding = kept[names].nbytes // max(1, len(block)), type(kept[names]).__name__
+            projected = kept[names].size != block.size
+            why = (
+                f"projected to {kept[names].size:,} features"
+                if projected
+                else _why(block, kept[names], train_rows)
+            )
+        else:
+            size, holding, why = 0, "", ""
+        out.append(Route(names, wiring.route(names[0]), holding, size, reasons, why))
+    return tuple(out)

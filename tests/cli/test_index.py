@@ -1,0 +1,82 @@
+"""``tracin index``: build, query, info, verify, append, and what they refuse."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def built(file: Path, run: Run, tmp_path: Path) -> tuple[Path, Path]:
+    folder = tmp_path / "index"
+    done = run(
+        "index", "build", file, "--out", folder, "--size", "40", "--shard-rows", "10", "--labels", "--quiet"
+    )
+    assert done.code == 0, done.err
+    assert "23 rows × 2 checkpoints, whole" in done.out
+    assert "6 of 6" in done.out
+    return file, folder
+
+
+def test_a_query_tells_lists_and_error(built: tuple[Path, Path], run: Run, tmp_path: Path) -> None:
+    file, folder = built
+    done = run(
+        "index", "query", file, "--index", folder, "--query", "4", "1", "--top", "3", "--where", "label=1", "label=2",
+        "--rerank", "5", "--out", tmp_path / "out", "--quiet",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert "Test row 4" in done.out
+    assert "relative error" in done.out
+    with (tmp_path / "out" / "answers.csv").open(encoding="utf-8") as table:
+        rows = list(csv.DictReader(table))
+    assert [row["query"] for row in rows] == ["4"] * 6 + ["1"] * 6
+    assert all(int(row["train"]) % 3 in (1, 2) for row in rows)
+
+
+def test_verify_finds_a_damaged_shard_and_build_mends_it(built: tuple[Path, Path], run: Run) -> None:
+    file, folder = built
+    assert run("index", "verify", folder).code == 0
+    shard = folder / "c0001-000000000010-000000000020.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-4])
+    done = run("index", "verify", folder)
+    assert done.code == 1
+    assert shard.name in done.out
+    again = (
+        "index",
+        "build",
+        file,
+        "--out",
+        folder,
+        "--size",
+        "40",
+        "--shard-rows",
+        "10",
+        "--labels",
+        "--quiet",
+    )
+    assert run(*again).code == 0
+    assert shard.read_bytes() == whole
+
+
+def test_refusals(built: tuple[Path, Path], run: Run, tmp_path: Path) -> None:
+    file, folder = built
+    for words, message in (
+        (("query", file, "--index", folder, "--query", "99"), "0 to 5"),
+        (("query", file, "--index", folder, "--query", "1", "--where", "label"), "COLUMN=VALUE"),
+        (("query", file, "--index", folder, "--query", "1", "--where", "colour=3"), "no column 'colour'"),
+        (("query", file, "--index", folder, "--query", "1", "--top", "24"), "k"),
+        (("build", file, "--out", folder, "--size", "41"), "size 40 in the index, size 41 now"),
+        (("build", file, "--out", tmp_path / "two", "--workers", "0"), "--workers"),
+        (("append", file, "--out", folder), "nothing to add"),
+        (("info", tmp_path / "nothing"), "holds no index"),
+    ):
+        done = run("index", *words)
+        assert done.code == 2, (words, done.out)
+        assert message in done.err, (words, done.err)
