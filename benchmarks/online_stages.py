@@ -1,7 +1,7 @@
 """Where a step with a ledger spends its time, and what the products alone cost: ``online.py --profile``.
 
-The stages are functions of the library, timed in place and without what they call of one another; the timers themselves
-add about 0.2 ms a step. The floor holds the arithmetic that no ledger can do without on this model: a weight gradient
+The stages are functions of the library, timed in place and without what they call of one another; the timers' own cost
+is in them. The floor holds the arithmetic that no ledger can do without on this model: a weight gradient
 for each row in both convolutions, for train rows and queries, as batched matrix products of patches that lie ready, and
 the products of rows with queries. The query pass of the yardstick computes the convolutions' ordinary weight gradients,
 which the ledger's leaves out; they are subtracted.
