@@ -58,6 +58,18 @@ def ended(child: int) -> int:
     return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
 
+def shards(folder: Path) -> int:
+    return sum(path.name.startswith("c0") for path in folder.iterdir())
+
+
+def until_shards(folder: Path, wanted: int, child: int) -> None:
+    """Wait for so many shards, as long as the child lives."""
+    while (
+        shards(folder) < wanted and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    ):
+        time.sleep(0.0005)
+
+
 def main(place: Path) -> int:
     chance = random.Random(0)
     start = time.perf_counter()
@@ -71,15 +83,16 @@ def main(place: Path) -> int:
     killed = unfinished = 0
     while killed < TIMES:
         child = forked(folder)
-        time.sleep(chance.uniform(0, 0.4 * seconds))
+        # So many shards further, however fast the machine is, and then at any moment.
+        until_shards(folder, shards(folder) + chance.randrange(4), child)
+        time.sleep(chance.uniform(0, seconds / len(whole)))
         os.kill(child, signal.SIGKILL)
         if ended(child) != -signal.SIGKILL:  # it was done before
             for name in chance.sample(sorted(set(files(folder)) - {"manifest.json"}), len(whole) // 2):
                 (folder / name).unlink()
             continue
         killed += 1
-        shards = sum(name.endswith(".safetensors") for name in files(folder) if not name.startswith(PARTIAL))
-        unfinished += 0 < shards < len(whole) - 2
+        unfinished += 0 < shards(folder) < len(whole) - 2
     if ended(forked(folder)):
         return 1
     print(
