@@ -121,6 +121,7 @@ def overlap_of(top: tracin.TopK, truth: Tensor) -> float:
 
 def page(found: dict[str, Any]) -> str:
     ratios = found["ratios"]
+    rounds = f"{len(ratios)} round{'s' if len(ratios) > 1 else ''}"
     lines = [
         "# The gradient index, measured",
         "",
@@ -128,7 +129,7 @@ def page(found: dict[str, Any]) -> str:
         f"{found['threads']} threads, torch {found['torch']}. Made by `python benchmarks/index.py --write-docs`."),
         "",
         (f"A build with 1,024 features takes {statistics.median(ratios):.2f} times as long as one plain forward and backward pass"
-        f" over the same rows and checkpoints ({min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} round{'s' if len(ratios) > 1 else ''})."),
+        f" over the same rows and checkpoints ({min(ratios):.2f} to {max(ratios):.2f}, {rounds})."),
         "",
         ("Agreement is with `influence` by full gradients. *Reranked*: 100 candidates on each side scored with full gradients. "
         "Self-influence comes from full norms: its largest error in any index was "
