@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import tracin
 from index.indexing import RATES, M, N, by_parameter, entries, files, method, net, rows
+from tracin.errors import IndexFolderError
 
 WHOLE = entries(net(0))  # as many features as parameters: nothing is projected
 
@@ -90,6 +91,33 @@ def test_aggregate_is_the_mean_over_the_queries(whole: tracin.Index) -> None:
     assert grouped.query_ids.tolist() == [2, 5, 7]
     for at, group in enumerate([2, 5, 7]):
         assert off(grouped.values[at], each[by == group].mean(0)) < 1e-5
+    assert grouped.provenance["group_sizes"] == [3, 1, 3]
+    totals = whole.aggregate(queries, by="label", reduction="sum")
+    labels = queries[1]
+    assert totals.query_ids.tolist() == labels.unique().tolist()
+    for at, label in enumerate(labels.unique()):
+        assert off(totals.values[at], each[labels == label].sum(0)) < 1e-5
+
+
+def test_it_agrees_with_the_method_s_own_aggregate(whole: tracin.Index) -> None:
+    for options in ({}, {"by": "label"}, {"by": [1, 1, 0, 2, 0, 1, 2], "reduction": "sum"}):
+        found = whole.aggregate(rows(M, 2), **options)
+        truth = method().aggregate(rows(N, 1), rows(M, 2), **options)
+        assert torch.equal(found.query_ids, truth.query_ids)
+        assert off(found.values, truth.values) < 1e-6
+
+
+def test_both_sides_are_computed_in_the_method_s_precision(tmp_path: Path) -> None:
+    """An index in bfloat16 is the method's bfloat16 scores, and no index of the float32 method."""
+    train, queries = rows(N, 1), rows(M, 2)
+    coarse = method(precision="bfloat16")
+    index = tracin.Index.build(coarse, train, tmp_path, projection=WHOLE, dtype="float32")
+    truth = coarse.influence(train, queries).values
+    assert off(truth, method().influence(train, queries).values) > 1e-4, "bfloat16 changed nothing"
+    assert off(index.influence(queries, estimate=False).values, truth) < 1e-5
+    assert index.influence(queries).provenance["projection_error"]["relative_error"] < 1e-5
+    with pytest.raises(IndexFolderError, match="precision: bfloat16 in the index, float32 now"):
+        tracin.Index.open(tmp_path, method()).influence(queries)
 
 
 def test_a_filter_restricts_the_lists(whole: tracin.Index) -> None:

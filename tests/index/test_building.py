@@ -141,6 +141,18 @@ def test_other_choices_are_refused_with_the_difference(tmp_path: Path) -> None:
         tracin.Index.build(method(), rows(N, 3), tmp_path, **OPTIONS)
 
 
+def test_columns_of_other_values_are_refused(tmp_path: Path) -> None:
+    train = rows(N, 1)
+    build(tmp_path, columns={"label": train[1], "text": ["a"] * N})
+    before = files(tmp_path)
+    build(tmp_path, columns={"text": ["a"] * N, "label": train[1].tolist()})
+    with pytest.raises(IndexFolderError, match="other values in its columns"):
+        build(tmp_path, columns={"label": train[1], "text": ["b"] * N})
+    with pytest.raises(IndexFolderError, match="columns label, text, and label are given"):
+        build(tmp_path, columns={"label": train[1]})
+    assert files(tmp_path) == before
+
+
 class Changing(torch.utils.data.Dataset):
     """Row 25 changes after some reads."""
 

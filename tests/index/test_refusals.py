@@ -104,8 +104,12 @@ def test_options_out_of_range(index: tracin.Index, folder: Path) -> None:
         tracin.Index.open(folder).top_k(queries, 3)
     with pytest.raises(OptionError, match="7 rows"):
         index.aggregate(queries, by=[1, 2])
-    with pytest.raises(OptionError, match="by is no list of whole numbers"):
+    with pytest.raises(OptionError, match=r"by is float32 \[7\]\. Give the group of each row: whole numbers"):
         index.aggregate(queries, by=[0.5] * M)
+    with pytest.raises(OptionError, match="by is 'labels'"):
+        index.aggregate(queries, by="labels")
+    with pytest.raises(OptionError, match="reduction is 'median'"):
+        index.aggregate(queries, reduction="median")
     with pytest.raises(OptionError, match="workers"):
         index.top_k(queries, 3, workers=0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +60,7 @@ class FromFile:
                 yield method, study.train
                 return
             n = _length(study.train, method)
-            rows, batching = rows_of(study.train, range(self.first, n))
-            yield _with(method, **batching), rows
-
-
-def _with(method: TracInCP, **changed: Any) -> TracInCP:
-    if not changed:
-        return method
-    copy = TracInCP(method.task, method.trajectory, progress=method.settings.progress)
-    copy.settings = replace(method.settings, **changed)
-    return copy
+            yield method, rows_of(study.train, range(self.first, n))
 
 
 def _length(data: Any, method: TracInCP) -> int:
@@ -142,9 +133,8 @@ def query(command: options.Query) -> int:
         index = Index.open(command.index, method, study.train)
         asked = list(dict.fromkeys(command.query))
         _refuse_outside(asked, len(open_rows(study.test, name="test", batch_size="auto")))
-        rows, batching = rows_of(study.test, asked)
-        asking = Index.open(command.index, _with(method, **batching), study.train) if batching else index
-        found = asking.top_k(rows, command.top, where=_where(command.where), rerank=command.rerank)
+        rows = rows_of(study.test, asked)
+        found = index.top_k(rows, command.top, where=_where(command.where), rerank=command.rerank)
         facts = known_of(method, study.train, _listed(found))
         records = _records(study, asked, found, facts)
         _tell(records, found)

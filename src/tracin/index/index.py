@@ -227,21 +227,25 @@ class Index:
         """
         return answers.influence(self._question("influence", where), queries, estimate=estimate)
 
-    def aggregate(self, validation: Any, *, by: Any = None, where: Any = None) -> Scores:
-        """The influence of every row on the mean loss of a whole validation set, or on that of each group of it.
+    def aggregate(
+        self, validation: Any, *, by: Any = None, reduction: str = "mean", where: Any = None
+    ) -> Scores:
+        """The influence of every row on a whole validation set, or on each group of it, as ``TracInCP.aggregate`` has it.
 
         Args:
             validation: Validation rows.
-            by: The group of each row, whole numbers; None: all rows are one group.
+            by: The group of each row, whole numbers; ``"label"``: its label; None: all rows are one group.
+            reduction: ``"mean"``: the influence on a group's mean loss; ``"sum"``: on its sum.
             where: As for ``top_k``.
 
         Returns:
             ``values`` [groups, rows]; ``query_ids`` are the groups in ascending order.
 
         Raises:
-            OptionError: ``by`` is no list of whole numbers, or of another length.
+            OptionError: ``by`` is no list of whole numbers, or of another length, or there are no labels; an unknown
+                ``reduction``.
         """
-        return answers.aggregate(self._question("aggregate", where), validation, by)
+        return answers.aggregate(self._question("aggregate", where), validation, by, reduction)
 
     def self_influence(self, *, where: Any = None) -> SelfInfluence:
         """score(z, z) of every row, from the norms of full gradients: no projection is in it.

@@ -13,7 +13,7 @@ from tracin.scoring.aggregate import Groups
 from tracin.scoring.top_k import Lists
 from tracin.shapes import Float
 
-__all__ = ["aggregate_result", "scores_result", "self_influence_result", "top_k_result"]
+__all__ = ["aggregate_result", "groups_record", "scores_result", "self_influence_result", "top_k_result"]
 
 ELSEWHERE = "TracInCP(normalize=True) compares the directions of gradients instead of their lengths."
 
@@ -49,13 +49,27 @@ def aggregate_result(
     Returns:
         The result; its query ids are the groups' labels.
     """
-    told = {
+    ids = torch.arange(values.shape[1])
+    told = {**record, **groups_record(groups, by, reduction)}
+    return Scores(values=values, train_ids=ids, query_ids=groups.labels, provenance=told)
+
+
+def groups_record(groups: Groups, by: Any, reduction: str) -> dict[str, Any]:
+    """What a result's provenance says of its groups.
+
+    Args:
+        groups: The groups of the validation rows.
+        by: What the user gave.
+        reduction: ``"mean"`` or ``"sum"``.
+
+    Returns:
+        A JSON-able record.
+    """
+    return {
         "by": by if by is None or isinstance(by, str) else "given",
         "reduction": reduction,
         "group_sizes": groups.sizes.tolist(),
     }
-    ids = torch.arange(values.shape[1])
-    return Scores(values=values, train_ids=ids, query_ids=groups.labels, provenance={**record, **told})
 
 
 def self_influence_result(values: Float[Tensor, " n"], record: Mapping[str, Any]) -> SelfInfluence:

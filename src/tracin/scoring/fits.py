@@ -98,20 +98,18 @@ def refuse_too_large(run: Run, verb: str, k: int = 10) -> None:
     raise MemoryLimitError(f"{verb}: {what}, and memory= allows {size_text(memory)}. Cheapest first: {ways}.")
 
 
-def ways_to_fit(run: Run, sizes: Sizes, need: int | None = None) -> tuple[str, ...]:
+def ways_to_fit(run: Run, sizes: Sizes) -> tuple[str, ...]:
     """The three cheapest ways to make a run fit, with what each costs.
 
     Args:
         run: A run at its first checkpoint.
         sizes: Its sizes.
-        need: Bytes that it takes, where more is known than the sizes say.
 
     Returns:
         Ways in words, cheapest first.
     """
     memory = run.settings.memory
-    need = sizes.least if need is None else need
-    ways: list[tuple[float, str]] = [(1.0, f"memory={_asked(need)!r}: no more time")]
+    ways: list[tuple[float, str]] = [(1.0, f"memory={_asked(sizes.least)!r}: no more time")]
     if sizes.verb == "influence":
         lists = sizes_of(run, "top_k").least
         if lists <= memory:
@@ -136,11 +134,6 @@ def ways_to_fit(run: Run, sizes: Sizes, need: int | None = None) -> tuple[str, .
         # A step costs what 25 more rows would, as benchmarks/batches.py has it for small models.
         cost = (1 + 25 / rows) / (1 + 25 / sizes.rows)
         ways.append((cost, f"batch_size={rows}: about {cost:.1f} times the time"))
-    if run.projector is None and sizes.queries and need > sizes.least:
-        ways.append((1.5, "projection=4096: estimates in place of exact scores, about the same time"))
-    if len(run.selection.traced) > 2 and need > sizes.least:
-        last = next(reversed(list(run.selection.traced))).rpartition(".")[0]
-        ways.append((2.0, f"Task(parameters='{last}.*'): scores of the last layer alone, in less time"))
     return tuple(text for _, text in sorted(ways, key=lambda way: way[0])[:3])
 
 

@@ -30,10 +30,11 @@ from tracin.gradients.engine import Source
 from tracin.gradients.products import concatenate, held
 from tracin.scoring.fits import VERBS, query_budget, sizes_of, ways_to_fit
 from tracin.scoring.memory import size_text, watched
+from tracin.scoring.order import tile_spans
 from tracin.scoring.passes import HeldQueries, compared, same_queries, score_batch
 from tracin.scoring.routes import Route, routes_of
 from tracin.scoring.run import Run
-from tracin.scoring.top_k import Strongest
+from tracin.scoring.top_k import Strongest, most_rows
 
 __all__ = ["Plan", "Route", "plan"]
 
@@ -272,8 +273,8 @@ class _Planning:
         self, holding: int, asked: _Cost, largest: int, step: _Cost, tile: int
     ) -> tuple[dict[str, int], float]:
         run = self.run
-        rows = min(self.n, tile_rows(run, tile))
-        tiles = -(-self.n // rows)
+        spans = tile_spans(run, most_rows(run, tile))
+        rows, tiles = max(len(span) for span in spans), len(spans)
         value = next(iter(run.batches(run.train, start=_usual(run.train))))[0]
         decoded = sum(_bytes(leaf) for leaf in _leaves(value.value)) // value.size
         lists = Strongest(min(self.k, self.n), slice(0, tile), None)
@@ -314,11 +315,6 @@ class _Planning:
             (*parts.items(), *own.items()),
             ways,
         )
-
-
-def tile_rows(run: Run, m: int) -> int:
-    """Rows of a tile of ``top_k``."""
-    return max(*run.train.rows.sizes, run.settings.memory // 16 // (m * 8))
 
 
 def _stretched(one: HeldQueries, m: int) -> HeldQueries:

@@ -24,7 +24,7 @@ from tracin.shapes import Bool, Int
 # Of the memory allowed, the share of a tile's scores; merging it into the lists takes as much again.
 SCORES = 32
 
-__all__ = ["Lists", "Strongest", "Within", "check_k", "merge", "top_k"]
+__all__ = ["Lists", "Strongest", "Within", "check_k", "merge", "most_rows", "top_k"]
 
 
 @dataclass(frozen=True)
@@ -184,13 +184,26 @@ class _Stack(list[Lists]):
         return Lists(torch.cat([lists.values for lists in self]), torch.cat([lists.ids for lists in self]))
 
 
+def most_rows(run: Run, m: int) -> int:
+    """Train rows of a tile of scores.
+
+    Args:
+        run: The run.
+        m: Queries of the tile.
+
+    Returns:
+        How many fit into their share of the memory; a tile has a batch at the least.
+    """
+    return run.settings.memory // SCORES // (m * run.dtype.itemsize)
+
+
 def _scan(
     run: Run, resident: list[HeldQueries], k: int, within: Within | None, bar: Progress
 ) -> tuple[Lists, Lists]:
     """One pass over the train rows, each tile of them at all checkpoints."""
     m, start = resident[0].size, resident[0].start
     strongest = Strongest(k, slice(start, start + m), within)
-    for tile in tile_spans(run, run.settings.memory // SCORES // (m * run.dtype.itemsize)):
+    for tile in tile_spans(run, most_rows(run, m)):
         values = torch.zeros(m, len(tile), dtype=run.dtype)
         for index, batches in tile_visits(run, tile):
             add_scores(run, batches, resident[index], values, tile.start, bar)

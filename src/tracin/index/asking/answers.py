@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tracin.errors import OptionError
 from tracin.index.asking.estimate import SAMPLE_QUERIES, Estimate, compared, exact, reranked, rows_of, sample
-from tracin.index.asking.queries import query_features, rates, weighted
+from tracin.index.asking.queries import query_features, rates, summed_features, weighted
 from tracin.index.asking.scan import Scanning, Tile, merged, norm_tiles, ranges, tiles
 from tracin.index.kept.contents import Contents
 from tracin.index.kept.sidecar import selected_rows
 from tracin.index.making.executors import Executor
-from tracin.methods.answers import top_k_result
+from tracin.methods.answers import groups_record, top_k_result
+from tracin.methods.grouping import group_labels
 from tracin.methods.provenance import versions
 from tracin.methods.tracin_cp import TracInCP
 from tracin.options import whole_number
 from tracin.results import Scores, SelfInfluence, TopK
+from tracin.scoring.aggregate import check_reduction
 from tracin.scoring.top_k import Lists, check_k
 from tracin.shapes import Bool, Float
 
@@ -58,11 +60,15 @@ class Asked:
         ids = torch.arange(self.contents.rows)
         return ids if self.mask is None else ids[self.mask]
 
-    def features(self, queries: Any, groups: Tensor | Literal["all"] | None = None) -> Float[Tensor, "c m d"]:
+    def features(self, queries: Any) -> Float[Tensor, "c m d"]:
         """The queries' features, weighted."""
-        manifest = self.contents.manifest
-        found = query_features(self.method, manifest, queries, groups, self.contents.storage.where)
-        return weighted(found, rates(self.method, manifest), manifest)
+        return self.weighted(
+            query_features(self.method, self.contents.manifest, queries, self.contents.storage.where)
+        )
+
+    def weighted(self, features: Float[Tensor, "c m d"]) -> Float[Tensor, "c m d"]:
+        """Features times the weights of their parameters."""
+        return weighted(features, rates(self.method, self.contents.manifest), self.contents.manifest)
 
     def tiles(self, queries: Tensor, mask: Tensor | None) -> Iterator[Tile]:
         """Scores by row range."""
@@ -131,8 +137,7 @@ def _estimated(asked: Asked, queries: Any, features: Tensor) -> Estimate | None:
     chosen[rows] = True
     few = range(min(features.shape[1], SAMPLE_QUERIES))
     found = torch.cat([tile.values for tile in asked.tiles(features[:, : len(few)], chosen)], 1)
-    some, batching = rows_of(queries, few)
-    return compared(found, exact(asked.method, asked.train, rows.tolist(), some, **batching))
+    return compared(found, exact(asked.method, asked.train, rows.tolist(), rows_of(queries, few)))
 
 
 def _note(found: Estimate | None, asked_for: bool) -> str:
@@ -152,16 +157,17 @@ def influence(asked: Asked, queries: Any, *, estimate: bool) -> Scores:
     return _scores(asked, features, torch.arange(features.shape[1]), asked.record("influence", found))
 
 
-def aggregate(asked: Asked, validation: Any, by: Any) -> Scores:
+def aggregate(asked: Asked, validation: Any, by: Any, reduction: str) -> Scores:
     """See ``Index.aggregate``."""
-    if by is None:
-        features = asked.features(validation, "all")
-        return _scores(asked, features, torch.zeros(1, dtype=torch.int64), asked.record("aggregate"))
-    groups = torch.as_tensor(by)
-    if groups.dim() != 1 or groups.is_floating_point() or groups.dtype == torch.bool:
-        raise OptionError("by is no list of whole numbers. Give the group of each validation row.")
-    names, member = torch.unique(groups, return_inverse=True)
-    return _scores(asked, asked.features(validation, member), names, asked.record("aggregate"))
+    check_reduction(reduction)
+    method = asked.method
+    last = method.trajectory[len(method.trajectory) - 1]
+    labels = group_labels(method.task, last, method.settings, validation, by)
+    contents = asked.contents
+    sums, groups = summed_features(method, contents.manifest, validation, labels, contents.storage.where)
+    sums /= groups.divisors(range(len(groups)), reduction, sums)[None, :, None]
+    record = asked.record("aggregate") | groups_record(groups, by, reduction)
+    return _scores(asked, asked.weighted(sums), groups.labels, record)
 
 
 def _scores(asked: Asked, features: Tensor, ids: Tensor, record: dict[str, Any]) -> Scores:

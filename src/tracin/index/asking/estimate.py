@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Subset
 
+from tracin.data import AUTO_ROWS
+from tracin.index.making.tracing import altered
 from tracin.methods.tracin_cp import TracInCP
 from tracin.scoring.top_k import Lists
 from tracin.shapes import Float, Int
@@ -68,7 +70,7 @@ def sample(kept: Int[Tensor, " n"], seed: int = 0) -> Int[Tensor, " s"]:
     return kept[torch.randperm(len(kept), generator=generator)[:SAMPLE_ROWS].sort().values]
 
 
-def rows_of(data: Any, ids: Sequence[int]) -> tuple[Any, dict[str, Any]]:
+def rows_of(data: Any, ids: Sequence[int]) -> Any:
     """Some rows of the user's data, as data.
 
     Args:
@@ -76,19 +78,18 @@ def rows_of(data: Any, ids: Sequence[int]) -> tuple[Any, dict[str, Any]]:
         ids: Positions.
 
     Returns:
-        The rows, and what a method needs to batch them.
+        The rows; of a loader a loader, so that they are collated as before.
     """
     if isinstance(data, DataLoader):
-        return Subset(data.dataset, list(ids)), {"collate": data.collate_fn}
+        rows = Subset(data.dataset, list(ids))
+        return DataLoader(rows, batch_size=data.batch_size or AUTO_ROWS, collate_fn=data.collate_fn)
     if isinstance(data, tuple | Mapping | Tensor):
         index = torch.as_tensor(list(ids), dtype=torch.int64)
-        return pytree.tree_map(lambda leaf: torch.as_tensor(leaf)[index], data), {}
-    return Subset(data, list(ids)), {}
+        return pytree.tree_map(lambda leaf: torch.as_tensor(leaf)[index], data)
+    return Subset(data, list(ids))
 
 
-def exact(
-    method: TracInCP, train: Any, ids: Sequence[int], queries: Any, **query_batching: Any
-) -> Float[Tensor, "m s"]:
+def exact(method: TracInCP, train: Any, ids: Sequence[int], queries: Any) -> Float[Tensor, "m s"]:
     """Exact scores of some train rows.
 
     Args:
@@ -96,15 +97,12 @@ def exact(
         train: All train rows.
         ids: Which of them.
         queries: The queries.
-        query_batching: What ``rows_of`` says of the queries.
 
     Returns:
         Scores [m, s].
     """
-    some, batching = rows_of(train, ids)
-    kept = ("weighting", "normalize", "batch_size", "collate", "device", "memory")
-    options = {name: getattr(method.settings, name) for name in kept} | query_batching | batching
-    return TracInCP(method.task, method.trajectory, **options, progress=False).influence(some, queries).values
+    alone = altered(method, projection=None, progress=False)
+    return alone.influence(rows_of(train, ids), queries).values
 
 
 def compared(found: Float[Tensor, "m s"], truth: Float[Tensor, "m s"]) -> Estimate:

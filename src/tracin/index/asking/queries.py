@@ -5,9 +5,10 @@ a_c(z') = w_c · P g_c(z')        [c, m, d]; under ``normalize`` w_c / ‖g_c(z'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,23 +17,21 @@ from tracin.errors import IndexFolderError, OptionError
 from tracin.gradients.projection import Projection
 from tracin.index.kept.manifest import Manifest
 from tracin.index.kept.shards import Unit
-from tracin.index.making.tracing import Tracer, choices_of, tracing
+from tracin.index.making.tracing import Tracer, altered, choices_of, tracing
 from tracin.methods.tracin_cp import TracInCP
+from tracin.scoring.aggregate import Groups
 from tracin.shapes import Float
 
-__all__ = ["query_features", "rates", "weighted"]
+__all__ = ["query_features", "rates", "summed_features", "weighted"]
 
 
-def query_features(
-    method: TracInCP, manifest: Manifest, queries: Any, groups: Tensor | Literal["all"] | None, where: str
-) -> Float[Tensor, "c m d"]:
-    """The features of the queries at every checkpoint, without any rate, or their means by group.
+def query_features(method: TracInCP, manifest: Manifest, queries: Any, where: str) -> Float[Tensor, "c m d"]:
+    """The features of the queries at every checkpoint, without any rate.
 
     Args:
         method: The model and its checkpoints.
         manifest: The index's manifest.
         queries: The query rows.
-        groups: The group of each query, 0 to g - 1, for means [c, g, d]; ``"all"``: one group; None: every query by itself.
         where: The index's folder, for messages.
 
     Returns:
@@ -40,42 +39,64 @@ def query_features(
 
     Raises:
         IndexFolderError: The index is of another model, loss or trajectory.
-        OptionError: ``groups`` has another length than the queries.
     """
-    task = replace(method.task, loss=method.task.query_loss or method.task.loss, query_loss=None)
-    asking = TracInCP(
-        task,
-        method.trajectory,
-        **{
-            name: getattr(method.settings, name)
-            for name in ("weighting", "normalize", "batch_size", "collate", "device", "memory")
-        },
-        progress=False,
-    )
-    with tracing(asking, queries, Projection(**manifest.projection)) as tracer:
-        _refuse_another_model(tracer, manifest, where)
-        m = tracer.rows
-        groups = torch.zeros(m, dtype=torch.int64) if isinstance(groups, str) else groups
-        if groups is not None and len(groups) != m:
-            raise OptionError(f"by has {len(groups)} entries for {m} rows. Give the group of each row.")
-        tracer.prepare(manifest)
-        size = m if groups is None else int(groups.max()) + 1
-        out = torch.zeros(len(manifest.checkpoints), size, manifest.size)
-        for checkpoint in range(len(manifest.checkpoints)):
-            for start in range(0, m, manifest.shard_rows):
-                stop = min(start + manifest.shard_rows, m)
-                shard = tracer.shard(Unit(checkpoint, start, stop), 0, manifest)
-                values = shard.features
-                if method.settings.normalize:
-                    lengths = shard.norms.sum(1).sqrt()
-                    values = values * torch.where(lengths > 0, 1.0 / lengths, 0.0)[:, None]
-                if groups is None:
-                    out[checkpoint, start:stop] = values
-                else:
-                    out[checkpoint].index_add_(0, groups[start:stop], values)
-        if groups is not None:
-            out /= groups.bincount(minlength=size)[None, :, None]
+    with _opened(method, manifest, queries, where) as tracer:
+        out = torch.zeros(len(manifest.checkpoints), tracer.rows, manifest.size)
+        for unit, values in _features(tracer, manifest, normalize=method.settings.normalize):
+            out[unit.checkpoint, unit.start : unit.stop] = values
     return out
+
+
+def summed_features(
+    method: TracInCP, manifest: Manifest, queries: Any, labels: Tensor | None, where: str
+) -> tuple[Float[Tensor, "c g d"], Groups]:
+    """The sums of the queries' features by group, in memory that does not grow with the queries.
+
+    Args:
+        method: The model and its checkpoints.
+        manifest: The index's manifest.
+        queries: The query rows.
+        labels: The group of each; None: all are one group.
+        where: The index's folder, for messages.
+
+    Returns:
+        Sums, and the groups.
+
+    Raises:
+        IndexFolderError: The index is of another model, loss or trajectory.
+        OptionError: There are more or fewer labels than queries.
+    """
+    with _opened(method, manifest, queries, where) as tracer:
+        groups = Groups.of(labels, tracer.rows)
+        out = torch.zeros(len(manifest.checkpoints), len(groups), manifest.size)
+        for unit, values in _features(tracer, manifest, normalize=method.settings.normalize):
+            out[unit.checkpoint].index_add_(0, groups.member[unit.start : unit.stop], values)
+    return out, groups
+
+
+@contextmanager
+def _opened(method: TracInCP, manifest: Manifest, queries: Any, where: str) -> Iterator[Tracer]:
+    """The queries under their own loss, where the index is of this model."""
+    task = replace(method.task, loss=method.task.query_loss or method.task.loss, query_loss=None)
+    with tracing(altered(method, task=task), queries, Projection(**manifest.projection)) as tracer:
+        _refuse_another_model(tracer, manifest, where)
+        tracer.prepare(manifest)
+        yield tracer
+
+
+def _features(
+    tracer: Tracer, manifest: Manifest, *, normalize: bool
+) -> Iterator[tuple[Unit, Float[Tensor, "r d"]]]:
+    """Features of consecutive queries at each checkpoint."""
+    for checkpoint in range(len(manifest.checkpoints)):
+        for start in range(0, tracer.rows, manifest.shard_rows):
+            unit = Unit(checkpoint, start, min(start + manifest.shard_rows, tracer.rows))
+            shard = tracer.shard(unit, 0, manifest)
+            if normalize:
+                lengths = shard.norms.sum(1).sqrt()
+                yield unit, shard.features * torch.where(lengths > 0, 1.0 / lengths, 0.0)[:, None]
+            else:
+                yield unit, shard.features
 
 
 def _refuse_another_model(tracer: Tracer, manifest: Manifest, where: str) -> None:

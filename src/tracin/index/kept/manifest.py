@@ -50,6 +50,7 @@ class Manifest:
         features: Features of each parameter; their sum is d.
         groups: Parameters that share all their rates; squared norms are kept for each group.
         dtype: ``"float32"``, or ``"float16"`` with a scale per row.
+        precision: In which the gradients were computed.
         shard_rows: Rows of a shard.
         batch_rows: Rows of a batch within a shard.
         made_with: Versions, threads and device; told, never compared.
@@ -63,6 +64,7 @@ class Manifest:
     features: dict[str, int]
     groups: list[list[str]]
     dtype: str
+    precision: str
     shard_rows: int
     batch_rows: int
     made_with: dict[str, Any] = field(default_factory=dict)

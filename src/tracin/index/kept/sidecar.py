@@ -14,7 +14,7 @@ from tracin.errors import IndexFolderError, MissingExtraError, OptionError
 from tracin.index.kept.manifest import Segment
 from tracin.index.kept.storage import Storage
 
-__all__ = ["ROW", "columns_of", "selected_rows", "table_bytes"]
+__all__ = ["ROW", "columns_of", "same_table", "selected_rows", "table_bytes"]
 
 # The column of row ids, which every sidecar has.
 ROW = "row"
@@ -105,6 +105,22 @@ def columns_of(storage: Storage, segments: Sequence[Segment], names: Sequence[st
             )
         tables.append(table)
     return arrow.concat_tables(tables, promote_options="permissive")
+
+
+def same_table(storage: Storage, segment: Segment, content: bytes) -> bool:
+    """Whether a segment's sidecar holds the same values as another one.
+
+    Args:
+        storage: The index's folder.
+        segment: The segment.
+        content: The other sidecar, as ``table_bytes`` makes it.
+
+    Returns:
+        Whether columns, types and values agree, in any order of the columns.
+    """
+    other = _arrow("pyarrow.parquet").read_table(io.BytesIO(content))
+    mine = columns_of(storage, [segment], segment.columns)
+    return bool(mine.select(sorted(mine.column_names)).equals(other.select(sorted(other.column_names))))
 
 
 def selected_rows(storage: Storage, segments: Sequence[Segment], where: Any) -> Tensor:

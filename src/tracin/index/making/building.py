@@ -18,7 +18,7 @@ from tracin.errors import IndexFolderError
 from tracin.gradients.projection import Projection
 from tracin.index.kept.manifest import MANIFEST, Manifest, Segment, read_manifest, read_segments
 from tracin.index.kept.shards import Unit, encoded, read_checksums, units
-from tracin.index.kept.sidecar import table_bytes
+from tracin.index.kept.sidecar import same_table, table_bytes
 from tracin.index.kept.storage import Storage
 from tracin.index.making.tracing import Tracer, tracing
 from tracin.methods.tracin_cp import TracInCP
@@ -96,8 +96,8 @@ def begin_segment(storage: Storage, tracer: Tracer, start: int, columns: Mapping
     names = tuple(columns or ())
     segment = Segment(start, tracer.rows, tracer.fingerprint(), names)
     table = table_bytes(columns, segment) if columns else None
-    if table is not None and segment.sidecar not in storage.names():
-        storage.create(segment.sidecar, table)
+    if table is not None and not storage.has(segment.name):
+        storage.write(segment.sidecar, table)
     if storage.create(segment.name, segment.to_bytes()):
         return segment
     there = next(found for found in read_segments(storage) if found.start == start)
@@ -115,6 +115,10 @@ def begin_segment(storage: Storage, tracer: Tracer, start: int, columns: Mapping
         raise IndexFolderError(
             f"{storage.where} was begun with the columns {', '.join(there.columns) or 'none'}, and {', '.join(names)} are given. "
             "Give the same columns."
+        )
+    if table is not None and not same_table(storage, there, table):
+        raise IndexFolderError(
+            f"{storage.where} was begun with other values in its columns. Give the same values, or build into another folder."
         )
     return there
 

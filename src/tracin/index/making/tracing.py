@@ -6,6 +6,7 @@ autograd. So a shard's bytes do not depend on which process makes it, on what wa
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,8 +28,9 @@ from tracin.index.kept.shards import Shard, Unit
 from tracin.methods.provenance import versions
 from tracin.methods.tracin_cp import TracInCP
 from tracin.scoring.run import Run, opened, refuse_products
+from tracin.tasks import Task
 
-__all__ = ["Choices", "Tracer", "choices_of", "tracing"]
+__all__ = ["Choices", "Tracer", "altered", "choices_of", "tracing"]
 
 # Rows whose content tells one training set from another.
 FINGERPRINT_ROWS = 64
@@ -53,6 +55,23 @@ def choices_of(manifest: Manifest) -> Choices:
         Projection, dtype and rows per shard.
     """
     return Choices(Projection(**manifest.projection), manifest.dtype, manifest.shard_rows)
+
+
+def altered(method: TracInCP, *, task: Task | None = None, **settings: Any) -> TracInCP:
+    """A method that differs in its task or in some settings, and in nothing else.
+
+    Args:
+        method: A method.
+        task: Another task.
+        settings: What is different.
+
+    Returns:
+        A new method.
+    """
+    other = copy.copy(method)
+    other.task = task or method.task
+    other.settings = replace(method.settings, **settings)
+    return other
 
 
 @contextmanager
@@ -123,6 +142,7 @@ class Tracer:
             features=self._projector.sizes,
             groups=_groups(names, described),
             dtype=choices.dtype,
+            precision=run.settings.precision,
             shard_rows=choices.shard_rows,
             batch_rows=self._batch_rows(),
             made_with={
