@@ -1,6 +1,6 @@
 """Trace a prediction back to the training examples that taught it."""
 
-from tracin import errors
+from tracin import audit, errors
 from tracin.checkpoints import Checkpoint, CheckpointRecorder, Trajectory
 from tracin.gradients.projection import Projection
 from tracin.index.index import Index
@@ -26,6 +26,7 @@ __all__ = [
     "TopK",
     "TracInCP",
     "Trajectory",
+    "audit",
     "errors",
     "losses",
 ]

@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 
+import tracin
+from tracin.index.index import Index
+from tracin.study import study_file
+
 Run = Callable[..., Any]
 
 
@@ -80,3 +84,24 @@ def test_refusals(built: tuple[Path, Path], run: Run, tmp_path: Path) -> None:
         done = run("index", *words)
         assert done.code == 2, (words, done.out)
         assert message in done.err, (words, done.err)
+
+
+def test_appended_rows_keep_their_labels(built: tuple[Path, Path], run: Run) -> None:
+    file, folder = built
+    file.write_text(file.read_text().replace("train=rows(23, 1)", "train=rows(31, 1)"))
+    done = run("index", "append", file, "--out", folder, "--quiet")
+    assert done.code == 0, done.err
+    assert "31 rows × 2 checkpoints, whole" in done.out
+    labels = Index.open(folder).columns(["label"])
+    assert labels["label"].to_pylist() == [row % 3 for row in range(31)]
+    assert labels["row"].to_pylist() == list(range(31))
+
+
+def test_append_refuses_columns_that_only_python_can_give(file: Path, run: Run, tmp_path: Path) -> None:
+    with study_file(file) as study:
+        method = tracin.TracInCP(study.task, study.trajectory, device="cpu", progress=False)
+        tracin.Index.build(method, study.train, tmp_path / "own", projection=8, columns={"path": ["p"] * 23})
+    file.write_text(file.read_text().replace("train=rows(23, 1)", "train=rows(31, 1)"))
+    done = run("index", "append", file, "--out", tmp_path / "own", "--quiet")
+    assert done.code == 2
+    assert "the columns path" in done.err

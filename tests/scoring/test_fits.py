@@ -9,7 +9,7 @@ import torch
 
 from scoring.common import M, N, method, rows
 from tracin.errors import MemoryLimitError
-from tracin.scoring.memory import watched
+from tracin.scoring.memory import Resident, watched
 
 
 def test_scores_that_do_not_fit_are_refused_and_the_mends_fit() -> None:
@@ -54,3 +54,16 @@ def test_the_watched_peak_is_that_of_the_tensors() -> None:
     assert abs(found.peak - 2 * (4 << 20)) < 4096
     assert abs(found.kept - (4 << 20)) < 4096
     assert len(kept) == 1 << 20
+
+
+def test_growth_is_that_of_the_process() -> None:
+    resident = Resident()
+    if not resident.tells:
+        pytest.skip("the kernel does not tell the size of a process here")
+    held = torch.ones(64 << 20, dtype=torch.uint8)
+    resident.look()
+    grown = resident.growth
+    assert grown > 48 << 20
+    del held
+    resident.look()
+    assert resident.growth == grown, "the largest growth counts"

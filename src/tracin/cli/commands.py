@@ -10,7 +10,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from tracin.cli import options
-from tracin.cli.cards import Known, Rows, explanation, known, known_of
+from tracin.cli.cards import Known, Rows, explanation, known_of
 from tracin.cli.output import Folder
 from tracin.cli.printing import heading, say, table
 from tracin.cli.records import (
@@ -18,60 +18,26 @@ from tracin.cli.records import (
     influence_records,
     parameter_records,
     route_records,
-    suspect_records,
 )
-from tracin.cli.telling import tell_attribution, tell_coverage, tell_suspects, tell_verification
+from tracin.cli.telling import tell_attribution, tell_verification
 from tracin.data import open_rows, rows_per_batch
 from tracin.errors import OptionError
-from tracin.explain import Attribution, explain, lesson_of
+from tracin.explain import Attribution, explain
 from tracin.methods import TracInCP
 from tracin.plots import Explanation, picture_sheet, png, trajectory_figure
-from tracin.report import Fact, ReportData, render_report
+from tracin.report import ReportData, render_report
 from tracin.study import Study, study_file
 
 __all__ = [
     "Explained",
-    "audit",
     "explain_rows",
     "explained",
     "plan",
+    "refuse_below_one",
     "save_explained",
     "save_report",
     "verify",
 ]
-
-
-def audit(command: options.Audit) -> int:
-    """Rank the training rows by self-influence."""
-    _refuse_below_one("--top", command.top)
-    folder = Folder(command.output.out, command.output.format)
-    with study_file(command.file) as study:
-        method = command.settings.method(study)
-        own = method.self_influence(study.train)
-        lesson = lesson_of(method, study.train)
-        records = suspect_records(study, own, lesson)
-        tell_coverage(own)
-        tell_suspects(study, records, command.top)
-        if folder:
-            folder.table("suspects", records)
-            own.save(folder.path("self_influence.safetensors"))
-            rows = Rows(study, "train", known(range(len(records)), lesson.labels, lesson.predicted))
-            cards = [
-                rows.card(record["train"], record["self_influence"]) for record in records[: command.top]
-            ]
-            save_report(folder, _audit_report(command, tuple(cards), dict(own.provenance), len(records)))
-    folder.tell()
-    return 0
-
-
-def _audit_report(command: options.Audit, cards: tuple, provenance: dict[str, Any], rows: int) -> ReportData:
-    return ReportData(
-        title=f"Audit of {command.file.name}",
-        summary=f"The {len(cards)} most self-influential of {rows:,} training rows: look at their labels first.",
-        facts=(Fact("Training rows", f"{rows:,}"), Fact("Checkpoints", str(len(provenance["checkpoints"])))),
-        suspects=cards,
-        provenance=provenance,
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +82,7 @@ def explained(
 
 def explain_rows(command: options.Explain) -> int:
     """Trace predictions to the training rows behind them."""
-    _refuse_below_one("--top", command.top)
+    refuse_below_one("--top", command.top)
     folder = Folder(command.output.out, command.output.format, figures=True)
     with study_file(command.file) as study:
         method = command.settings.method(study, normalize=command.normalize)
@@ -172,7 +138,7 @@ def save_report(folder: Folder, data: ReportData) -> None:
 
 def verify(command: options.Verify) -> int:
     """Compare gradients with autograd's, and tell the coverage."""
-    _refuse_below_one("--rows", command.rows)
+    refuse_below_one("--rows", command.rows)
     folder = Folder(command.output.out, command.output.format)
     with study_file(command.file) as study:
         found = command.settings.method(study).verify(study.train, rows=command.rows, seed=command.seed)
@@ -196,20 +162,29 @@ def verify(command: options.Verify) -> int:
 
 def plan(command: options.Plan) -> int:
     """Tell what tracing the test rows will cost."""
+    refuse_below_one("--k", command.k)
+    if command.verb == "self_influence" and command.queries is not None:
+        raise OptionError("--queries: self_influence has no test rows. Leave it out.")
     folder = Folder(command.output.out, command.output.format)
     with study_file(command.file) as study:
         method = command.settings.method(study)
-        queries = study.test if command.queries is None else _first(method, study.test, command.queries)
-        asked = len(open_rows(queries, name="test", batch_size=method.settings.batch_size))
         train = len(open_rows(study.train, name="train", batch_size=method.settings.batch_size))
-        found = method.plan(study.train, queries)
+        sizes = f"{train:,} training rows × {len(study.trajectory)} checkpoints"
+        if command.verb == "self_influence":
+            found = method.plan(study.train, verb=command.verb)
+        else:
+            queries = study.test if command.queries is None else _first(method, study.test, command.queries)
+            asked = len(open_rows(queries, name="test", batch_size=method.settings.batch_size))
+            sizes = f"{asked:,} test rows × {sizes}"
+            found = method.plan(study.train, queries, verb=command.verb, k=command.k)
     records = route_records(found)
-    heading(f"{asked:,} test rows × {train:,} training rows × {len(study.trajectory)} checkpoints")
+    heading(f"{command.verb}: {sizes}")
     say(str(found))
     table(records)
     if folder:
         folder.table("routes", records)
-        summary = {"peak_bytes": found.peak_bytes, "seconds": found.seconds, "passes": found.passes}
+        summary = {"verb": found.verb, "peak_bytes": found.peak_bytes, "seconds": found.seconds}
+        summary |= {"passes": found.passes, "fits": found.fits, "ways": list(found.ways)}
         with folder.file("plan.json") as path:
             path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     folder.tell()
@@ -217,13 +192,14 @@ def plan(command: options.Plan) -> int:
 
 
 def _first(method: TracInCP, test: Any, count: int) -> DataLoader:
-    _refuse_below_one("--queries", count)
+    refuse_below_one("--queries", count)
     size = rows_per_batch(method.settings.batch_size)
     source = open_rows(test, name="test", batch_size=size)
     rows = list(islice(range(len(source)), count))
     return DataLoader(rows, batch_size=size, collate_fn=source.take)  # type: ignore[arg-type]
 
 
-def _refuse_below_one(name: str, value: int) -> None:
+def refuse_below_one(name: str, value: int) -> None:
+    """Refuse a count of 0 or less."""
     if value < 1:
         raise OptionError(f"{name} is {value}: give a whole number from 1 on.")

@@ -83,21 +83,17 @@ def build(command: options.Build) -> int:
         whole_number(command.shard_rows, "--shard-rows", 1),
     )
     executor, storage = _executor(command.who), storage_of(command.out)
-    columns = _labels(command) if command.labels else None
+    columns = _labels(command.file, command.settings) if command.labels else None
     verbs.build(storage, FromFile(command.file, command.settings), choices, columns, executor)
     return info(options.Inside(command.out))
 
 
-def _labels(command: options.Build) -> dict[str, Sequence[int]]:
-    with study_file(command.file) as study:
-        method = command.settings.method(study)
-        found = evaluate_rows(
-            method,
-            study.train,
-            range(_length(study.train, method)),
-            name="train",
-            trajectory=method.trajectory[-1:],
-        )
+def _labels(file: Path, settings: Settings, first: int = 0) -> dict[str, Sequence[int]]:
+    """The labels of the training rows from ``first`` on."""
+    with study_file(file) as study:
+        method = settings.method(study)
+        rows = range(first, _length(study.train, method))
+        found = evaluate_rows(method, study.train, rows, name="train", trajectory=method.trajectory[-1:])
         if found.labels is None:
             raise OptionError(
                 "--labels: the task does not tell labels. Use a ready-made loss, or Task(outputs=...)."
@@ -117,11 +113,15 @@ def append(command: options.Append) -> int:
         raise OptionError(
             f"append: the study has {n} training rows, and the index {contents.rows}. There is nothing to add."
         )
-    if contents.columns:
+    others = [name for name in contents.columns if name != "label"]
+    if others:
         raise OptionError(
-            "append: the index has columns. Add rows from Python, where their columns can be given."
+            f"append: the index has the columns {', '.join(others)}. Add rows from Python: Index.open(folder, "
+            "method).append(rows, columns=...)."
         )
-    verbs.append(contents, FromFile(command.file, command.settings, first), None, _executor(command.who))
+    columns = _labels(command.file, command.settings, first) if contents.columns else None
+    executor = _executor(command.who)
+    verbs.append(contents, FromFile(command.file, command.settings, first), columns, executor)
     return info(options.Inside(command.out))
 
 

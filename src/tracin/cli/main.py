@@ -10,7 +10,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from tracin.cli import commands, demo, index, index_options, options, parsing, study
+from tracin.cli import (
+    audit,
+    commands,
+    demo,
+    index,
+    index_options,
+    options,
+    parsing,
+    serve,
+    serve_options,
+    study,
+)
 from tracin.cli.printing import clean
 from tracin.errors import TracinError, UserCodeError
 
@@ -50,11 +61,12 @@ def main(args: Sequence[str] | None = None) -> int:
 def _run(args: list[str] | None) -> int:
     runs: dict[type, Callable[[Any], int]] = {
         options.Demo: demo.run,
-        options.Audit: commands.audit,
+        options.Audit: audit.run,
         options.Explain: commands.explain_rows,
         options.Verify: commands.verify,
         options.Plan: commands.plan,
         options.StudyRun: study.run,
+        serve_options.Serve: serve.run,
         index_options.Build: index.build,
         index_options.Append: index.append,
         index_options.Query: index.query,

@@ -98,10 +98,11 @@ class Demo:
 
 @dataclass(frozen=True)
 class Audit:
-    """Find wrong labels: rank the training rows by their influence on themselves.
+    """Find wrong labels: rank the training rows by how suspect their labels are, with a suggestion and the evidence.
 
-    Prints the first suspects. With --out writes all rows as a table, the scores with where they come from
-    (self_influence.safetensors), and report.html.
+    Prints the first suspects. With --out writes all rows as a table (audit), the rows by suspicion (suspects), the
+    self-influence with where it comes from (self_influence.safetensors), the audit as tracin.audit.Audit.load reads it
+    (audit/audit.safetensors), and report.html.
     """
 
     file: StudyFile
@@ -109,6 +110,28 @@ class Audit:
 
     top: int = 20
     """How many suspects to print and to show in the report."""
+
+    evidence: int = 5
+    """How many proponents and opponents to list for each suspect; 0 for none."""
+
+    calibrate: bool = False
+    """Make labels wrong on purpose, train anew by the study's fit, and choose the cut-off by what is found. Takes as long as
+    a training."""
+
+    precision: float = 0.9
+    """With --calibrate: the share of flagged rows that is to be wrong."""
+
+    index: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Read self-influence and evidence from this index of the training rows instead of computing them."""
+
+    opposing: bool = False
+    """Also look for training rows that oppose the test rows as a whole."""
+
+    duplicates: bool = True
+    """Look for near-duplicates with different labels."""
+
+    export: tuple[Literal["cleanlab", "label-studio"], ...] = ()
+    """With --out: also write cleanlab.csv or label-studio.json, one or both."""
 
     output: tyro.conf.OmitArgPrefixes[Output] = field(default_factory=Output)
     settings: tyro.conf.OmitArgPrefixes[Settings] = field(default_factory=Settings)
@@ -169,6 +192,12 @@ class Plan:
 
     file: StudyFile
     """A Python file that defines study() -> tracin.Study."""
+
+    verb: Literal["influence", "top_k", "self_influence"] = "influence"
+    """What to plan: all scores, the strongest of each test row, or each training row against itself."""
+
+    k: int = 10
+    """With --verb top_k: how many of each sign."""
 
     queries: int | None = None
     """Plan for this many test rows instead of all."""

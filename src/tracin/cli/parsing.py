@@ -8,6 +8,7 @@ import tyro  # noqa: TID253  loaded with the command, not with the library
 
 from tracin.cli.index_options import IndexCommand
 from tracin.cli.options import Audit, Demo, Explain, Plan, StudyRun, Verify
+from tracin.cli.serve_options import Serve
 
 __all__ = ["parse"]
 
@@ -17,7 +18,16 @@ Index = Annotated[
         "index", description="Keep the gradients of the training rows, and ask them again and again."
     ),
 ]
-Command = Demo | Audit | Explain | Verify | Plan | Annotated[StudyRun, tyro.conf.subcommand("study")] | Index
+Command = (
+    Demo
+    | Audit
+    | Explain
+    | Serve
+    | Verify
+    | Plan
+    | Annotated[StudyRun, tyro.conf.subcommand("study")]
+    | Index
+)
 
 _SUMMARY = "Trace the predictions of a PyTorch model back to the training rows that taught them."
 

@@ -14,7 +14,7 @@ from tracin.results import SelfInfluence
 from tracin.scoring.verification import Verification
 from tracin.study import Study
 
-__all__ = ["tell_attribution", "tell_coverage", "tell_suspects", "tell_verification"]
+__all__ = ["as_text", "tell_attribution", "tell_coverage", "tell_suspects", "tell_verification"]
 
 _LONGEST_TEXT = 400
 _ROUTES_NOT_TRACED = ("frozen", "excluded", "unused")
@@ -49,7 +49,7 @@ def tell_suspects(study: Study, records: Sequence[Mapping[str, Any]], top: int) 
         }
         if "planted" in record:
             named["planted"] = "yes" if record["planted"] else ""
-        named["shown"] = _as_text(Card(study.shown("train", record["train"])))
+        named["shown"] = as_text(Card(study.shown("train", record["train"])))
         rows.append({head: named.get(name) for name, head in heads.items()})
     heading(f"Suspects: the {len(rows)} most self-influential of {len(records):,} training rows")
     table(rows)
@@ -68,7 +68,7 @@ def tell_attribution(study: Study, attribution: Attribution, shown: Explanation,
     if first:
         said = f"predicted {query.predicted}, label {query.label} ({'wrong' if wrong else 'right'})"
         heading(f"Test row {attribution.query}" + (f": {said}" if attribution.label is not None else ""))
-        text = _as_text(query)
+        text = as_text(query)
         if text:
             say(text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}…")
     losses = attribution.losses.tolist()
@@ -93,13 +93,13 @@ def _lines(cards: Sequence[Card]) -> list[dict[str, Any]]:
             "label": card.label,
             "predicted": card.predicted,
             "planted": f"was {card.true_label}" if card.planted else None,
-            "shown": _as_text(card),
+            "shown": as_text(card),
         }
         for card in cards
     ]
 
 
-def _as_text(card: Card) -> str | None:
+def as_text(card: Card) -> str | None:
     """What is shown of a row, if it is words."""
     if isinstance(card.shown, str):
         return card.shown

@@ -61,7 +61,8 @@ class ReportData:
         summary: One or two sentences below it.
         facts: Numbers shown beside those that the report reads from the sections.
         check: Coverage and the check against autograd.
-        suspects: The most self-influential training rows, most suspect first.
+        suspects: The training rows to look at first, most suspect first.
+        suspects_told: What they are, in a sentence.
         curves: Detection curves by name, the first drawn strongest.
         shares: The shares of data at which the curves are read.
         explanations: Predictions with their proponents and opponents; one with a ``path`` gets the figure
@@ -75,6 +76,9 @@ class ReportData:
     facts: tuple[Fact, ...] = ()
     check: Check | None = None
     suspects: tuple[Card, ...] = ()
+    suspects_told: str = (
+        "The training rows that the model had to learn by heart, most self-influential first."
+    )
     curves: Mapping[str, DetectionCurve] = field(default_factory=dict)
     shares: tuple[float, ...] = (0.1, 0.2)
     explanations: tuple[Explanation, ...] = ()

@@ -91,10 +91,10 @@ def is_number(value: object) -> bool:
 
 
 def suspects_section(data: ReportData) -> Markup:
-    """The most self-influential rows."""
+    """The rows to look at first."""
     cards = data.suspects
     planted = [card.planted for card in cards]
-    told = "The training rows that the model had to learn by heart, most self-influential first."
+    told = data.suspects_told
     if all(flag is not None for flag in planted):
         told += f" {sum(map(bool, planted))} of these {len(cards)} carry a label that was planted wrong."
     return tag(

@@ -1,7 +1,8 @@
 """How much memory a piece of work takes at its most: the allocator's own count, not a guess.
 
 On the CPU PyTorch's profiler tells every allocation and release, whose running sum is followed; an accelerator keeps that
-count itself. Allocations that Python or other libraries make are not in it.
+count itself. Allocations that Python or other libraries make are not in it, nor is what C's allocator keeps of freed
+blocks: ``Resident`` asks the kernel for that, where it tells.
 """
 
 from __future__ import annotations
@@ -10,27 +11,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["Watched", "size_text", "watched"]
-
-
-# glibc maps larger blocks one by one, and gives them back at once.
-PIECE = 32 << 20
+__all__ = ["Resident", "Watched", "size_text", "watched"]
 
 
 @dataclass
 class Watched:
-    """What a block of code allocated: its peak above the level before it, and what it left behind.
-
-    ``small`` is the peak of what came in pieces below ``PIECE``, which C's allocator cuts from its heap.
-    """
+    """What a block of code allocated: its peak above the level before it, and what it left behind."""
 
     peak: int = 0
     kept: int = 0
-    small: int = 0
 
 
 @contextmanager
@@ -73,8 +67,41 @@ def watched(device: torch.device) -> Iterator[Watched]:
         for events in threads:
             sizes = [event.cpu_memory_usage() for event in events if event.kind() == "memory_alloc"]
             found.peak += max(accumulate(sizes, initial=0))
-            found.small += max(accumulate((s for s in sizes if abs(s) < PIECE), initial=0))
             found.kept += sum(sizes)
+
+
+class Resident:
+    """By how much the process grew since this was made, libraries and free pieces between tensors included.
+
+    Linux alone tells; elsewhere it is 0. A process that was larger before is asked for what it holds now, which free pieces
+    from before can hide.
+    """
+
+    def __init__(self) -> None:
+        self._level, self._before = _resident()
+        self.growth = 0
+
+    @property
+    def tells(self) -> bool:
+        """Whether the kernel told anything."""
+        return self._level > 0
+
+    def look(self) -> None:
+        """Take the growth until now into account."""
+        now, peak = _resident()
+        reached = peak if peak > self._before else now
+        self.growth = max(self.growth, reached - self._level)
+
+
+def _resident() -> tuple[int, int]:
+    """Bytes of the process now, and at its largest so far."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return 0, 0
+    found = {key: rest for key, _, rest in (line.partition(":") for line in lines)}
+    now, peak = (int(found.get(key, "0").split()[0]) << 10 for key in ("VmRSS", "VmHWM"))
+    return now, peak
 
 
 def size_text(size: int) -> str:

@@ -8,13 +8,15 @@ then added up as the verbs hold it:
     top_k            max(loading, Q of all checkpoints + a train batch + a tile of scores and of rows)
     self_influence   max(loading, a train batch) + result
 
-with Q a tile of held queries, and always the copies of the parameters and what the libraries take on first use.
+with Q a tile of held queries, and always the copies of the parameters and what the libraries take on first use and keep of
+freed tensors: the process's own growth over these batches, less what the tensors of them explain.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -29,7 +31,7 @@ from tracin.data import to_device
 from tracin.gradients.engine import Source
 from tracin.gradients.products import concatenate, held
 from tracin.scoring.fits import VERBS, query_budget, sizes_of, ways_to_fit
-from tracin.scoring.memory import size_text, watched
+from tracin.scoring.memory import Resident, Watched, size_text, watched
 from tracin.scoring.order import tile_spans
 from tracin.scoring.passes import HeldQueries, compared, same_queries, score_batch
 from tracin.scoring.routes import Route, routes_of
@@ -38,8 +40,8 @@ from tracin.scoring.top_k import Strongest, most_rows
 
 __all__ = ["Plan", "Route", "plan"]
 
-# What libraries take when they are first used (kernels, buffers for packing), and free pieces between tensors, as
-# `python benchmarks/plan.py` found them on two CPU cores.
+# The least that libraries take when they are first used (kernels, buffers for packing), and free pieces between tensors, as
+# `python benchmarks/plan.py` found it on two CPU cores.
 LIBRARIES = 48 << 20
 # Seconds that repeating a batch for its time may take, and how often it is repeated at the most.
 PATIENCE, REPEATS = 0.5, 5
@@ -113,33 +115,10 @@ class _Cost:
     kept: int
     seconds: float
     rows: int = 1
-    small: int = 0
 
     @property
     def per_row(self) -> float:
         return self.seconds / self.rows
-
-
-def _once(run: Run, work: Callable[[], Any]) -> tuple[_Cost, Any]:
-    """Work that cannot be repeated, watched and timed at once."""
-    start = time.perf_counter()
-    with watched(run.loaded.device) as found:
-        out = work()
-    return _Cost(found.peak, found.kept, time.perf_counter() - start, small=found.small), out
-
-
-def _repeated(run: Run, work: Callable[[], int]) -> _Cost:
-    """Work that says how many rows it did: watched the first time, timed afterwards."""
-    with watched(run.loaded.device) as found:
-        rows = work()
-    times: list[float] = []
-    while len(times) < REPEATS and sum(times) < PATIENCE:
-        start = time.perf_counter()
-        work()
-        if run.loaded.device.type == "cuda":
-            torch.cuda.synchronize(run.loaded.device)
-        times.append(time.perf_counter() - start)
-    return _Cost(found.peak, found.kept, median(times), rows, found.small)
 
 
 def _usual(source: Source) -> int:
@@ -173,8 +152,12 @@ class _Planning:
     def __init__(self, run: Run, verb: str, k: int) -> None:
         self.run, self.verb, self.k = run, verb, k
         self.n, self.c = len(run.train.rows), len(run.trajectory)
-        self.first, _ = _once(run, partial(run.load, 0))
-        self.again, _ = _once(run, partial(run.loaded.load, run.trajectory[0]))
+        self.device = run.loaded.device
+        with watched(self.device):
+            pass  # what watching itself takes is not the run's
+        self.resident, self.unexplained = Resident(), 0
+        self.first, _ = self._once(partial(run.load, 0))
+        self.again, _ = self._once(partial(run.loaded.load, run.trajectory[0]))
         self.checks: list[_Cost] = []
         self.copies = sum(_bytes(t) for t in {id(t): t for t in _tensors(run)}.values())
 
@@ -183,9 +166,37 @@ class _Planning:
             return self._self_influence()
         return self._with_queries()
 
+    def _once(self, work: Callable[[], Any], *, watch: bool = True) -> tuple[_Cost, Any]:
+        """Work that cannot be repeated, watched and timed at once."""
+        start = time.perf_counter()
+        with watched(self.device) if watch else nullcontext(Watched()) as found:
+            out = work()
+        seconds = time.perf_counter() - start
+        self.resident.look()
+        return _Cost(found.peak, found.kept, seconds), out
+
+    def _repeated(self, work: Callable[[], int]) -> _Cost:
+        """Work that says how many rows it did: timed, and watched in the end, since watching takes memory and time."""
+        rows, times = work(), list[float]()
+        while len(times) < REPEATS and sum(times) < PATIENCE:
+            start = time.perf_counter()
+            work()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            times.append(time.perf_counter() - start)
+        self.resident.look()
+        with watched(self.device) as found:
+            work()
+        return _Cost(found.peak, found.kept, median(times), rows)
+
+    @property
+    def _told_by_kernel(self) -> bool:
+        return self.device.type == "cpu" and self.resident.tells
+
     def _check(self, source: Source) -> Any:
         """The first batch, checked; its gradients."""
-        cost, found = _once(self.run, partial(self._first_batch, source))
+        # Watching thousands of small operations takes more memory than they do.
+        cost, found = self._once(partial(self._first_batch, source), watch=not self._told_by_kernel)
         self.checks.append(cost)
         return found
 
@@ -195,11 +206,12 @@ class _Planning:
 
     def _self_influence(self) -> Plan:
         run = self.run
-        made = self._check(run.train).blocks
-        step = _repeated(run, self._own_step)
+        routes = routes_of(run.train.wiring, self._check(run.train).blocks, {}, self.n)
+        step = self._repeated(self._own_step)
+        self._explain(max(step.peak, self.checks[0].peak))
         parts = {"scores": sizes_of(run, self.verb).result, "a batch": max(step.peak, self.checks[0].peak)}
         seconds = self._fixed() + self.c * step.per_row * self.n
-        return self._told(parts, seconds, self.c, routes_of(run.train.wiring, made, {}, self.n))
+        return self._told(parts, seconds, self.c, routes)
 
     def _own_step(self) -> int:
         run, rows = self.run, 0
@@ -224,8 +236,9 @@ class _Planning:
         largest = max((block.nbytes for block in queries.blocks.values()), default=0)
         del one
         self._check(run.train)
-        step = _repeated(run, partial(self._train_step, queries))
+        step = self._repeated(partial(self._train_step, queries))
         holding = int(per_query * tile)
+        self._explain(holding + max(step.peak, asked.peak, *(check.peak for check in self.checks)))
         del queries
         fixed = self._fixed() + self.c * asked.per_row * m
         if self.verb == "influence":
@@ -235,6 +248,11 @@ class _Planning:
             passes = self.c * tiles
             parts, extra = self._top_k_parts(holding, asked, largest, step, tile)
         return self._told(parts, fixed + passes * step.per_row * self.n + extra, passes, routes)
+
+    def _explain(self, tensors: int) -> None:
+        """What these batches took beyond their tensors."""
+        if self._told_by_kernel:
+            self.unexplained = max(self.unexplained, self.resident.growth - tensors)
 
     def _routes(self, found: Any) -> tuple[Route, ...]:
         plain = compared(self.run, found)
@@ -247,7 +265,7 @@ class _Planning:
         start = _usual(run.asked)
         size = next(iter(run.batches(run.asked, start=start)))[0].size
         rows = range(start, start + size)
-        cost = _repeated(run, lambda: same_queries(run, rows).size)
+        cost = self._repeated(lambda: same_queries(run, rows).size)
         return cost, same_queries(run, rows)
 
     def _train_step(self, queries: HeldQueries) -> int:
@@ -279,7 +297,7 @@ class _Planning:
         decoded = sum(_bytes(leaf) for leaf in _leaves(value.value)) // value.size
         lists = Strongest(min(self.k, self.n), slice(0, tile), None)
         scores = torch.zeros(tile, rows, dtype=run.dtype)
-        cost, _ = _once(run, partial(lists.add, scores, torch.arange(rows)))
+        cost, _ = self._once(partial(lists.add, scores, torch.arange(rows)))
         del scores
         batch = max(step.peak, asked.peak, largest, *(check.peak for check in self.checks), cost.peak)
         parts = {
@@ -301,7 +319,8 @@ class _Planning:
     def _told(self, parts: dict[str, int], seconds: float, passes: int, routes: tuple[Route, ...]) -> Plan:
         run = self.run
         loading = max(0, self.first.peak - sum(parts.values()))
-        own = {"copies of the parameters": self.copies, "loading": loading, "libraries": LIBRARIES}
+        libraries = max(LIBRARIES, self.unexplained)
+        own = {"copies of the parameters": self.copies, "loading": loading, "libraries": libraries}
         peak = sum(parts.values()) + sum(own.values())
         sizes = sizes_of(run, self.verb, self.k)
         ways = ways_to_fit(run, sizes) if sizes.least > run.settings.memory else ()

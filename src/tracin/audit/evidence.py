@@ -1,0 +1,117 @@
+"""The training rows that speak for and against given labels, and those that oppose a validation set.
+
+Axis letters: n train rows · m rows with evidence · k evidence rows of each sign.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tracin.audit.parts import NONE, Evidence
+from tracin.data import open_rows
+from tracin.index.asking.estimate import rows_of
+from tracin.index.index import Index
+from tracin.index.making.tracing import altered
+from tracin.methods import TracInCP
+from tracin.results import Ranking
+from tracin.shapes import Float, Int
+
+__all__ = ["AGREEMENT", "Found", "evidence_of", "opposition_of", "with_training_loss"]
+
+AGREEMENT = 25
+"""How many rows of each sign the agreement is taken over."""
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """Evidence, and how far it supports the given labels.
+
+    Args:
+        evidence: The strongest rows.
+        agreement: For each of them, the share of the proponents in the strength of its evidence [m].
+    """
+
+    evidence: Evidence
+    agreement: Float[Tensor, " m"]
+
+
+def with_training_loss(method: TracInCP) -> TracInCP:
+    """The method that asks about training rows, whose loss is the training loss.
+
+    Args:
+        method: A method.
+
+    Returns:
+        It, without a query loss of its own.
+    """
+    if method.task.query_loss is None:
+        return method
+    return altered(method, task=replace(method.task, query_loss=None))
+
+
+def evidence_of(method: TracInCP, index: Index | None, train: Any, rows: Sequence[int], k: int) -> Found:
+    r"""The k strongest proponents and opponents of some training rows among all others.
+
+    With the training loss on both sides, :math:`\operatorname{score}(z, z_i)`: a proponent is a row whose step lowers the
+    loss of row i with its given label, an opponent one whose step raises it. The agreement is
+    :math:`P / (P + O)`, with P and O the sums of the sizes of the scores of the 25 strongest proponents and opponents; 1/2
+    where there are none. Nearly all proponents of a row have its label, whether it is wrong or not, so their labels tell
+    nothing; their strength does.
+
+    Args:
+        method: Task, checkpoints and settings.
+        index: An index of the rows, to ask in place of the gradients.
+        train: The rows.
+        rows: Positions of the rows that are asked about.
+        k: How many of each sign to keep; fewer where fewer rows have it.
+
+    Returns:
+        The evidence.
+    """
+    own = torch.as_tensor(list(rows), dtype=torch.int64)
+    asked, method = rows_of(train, own.tolist()), with_training_loss(method)
+    n = len(open_rows(train, name="train", batch_size=1)) if index is None else len(index)
+    length = min(max(k, AGREEMENT), n - 1)
+    if index is None:
+        found = method.top_k(train, asked, k=length + 1)
+    else:
+        found = Index(index._contents, method).top_k(asked, k=length + 1, estimate=False)
+    proponents, lowered = _others(found.proponents, own, 1)
+    opponents, raised = _others(found.opponents, own, -1)
+    both = [part[:, :AGREEMENT].double().abs().sum(1) for part in (lowered, raised)]
+    total = both[0] + both[1]
+    agreement = torch.where(total > 0, both[0] / total.clamp_min(torch.finfo(torch.float64).tiny), 0.5)
+    kept = [part[:, :k] for part in (proponents, lowered, opponents, raised)]
+    return Found(Evidence(own, *kept), agreement)
+
+
+def _others(lists: Ranking, own: Int[Tensor, " m"], sign: int) -> tuple[Tensor, Tensor]:
+    """Lists one shorter, without the row itself and without rows of the other sign."""
+    k = lists.ids.shape[1] - 1
+    good = (lists.ids != own[:, None]) & (lists.values * sign > 0)
+    # What is to be dropped goes behind the rest; the rest keeps its order.
+    order = torch.argsort((~good).int(), dim=1, stable=True)[:, :k]
+    kept = good.gather(1, order)
+    ids = lists.ids.gather(1, order).where(kept, NONE)
+    return ids, lists.values.gather(1, order).where(kept, 0.0)
+
+
+def opposition_of(method: TracInCP, index: Index | None, train: Any, validation: Any) -> Float[Tensor, " n"]:
+    """How far each training row opposes a whole validation set: its influence on the mean validation loss, turned around.
+
+    Args:
+        method: Task, checkpoints and settings.
+        index: An index of the rows, to ask in place of the gradients.
+        train: The rows.
+        validation: Validation rows, under ``task.query_loss`` where it is given.
+
+    Returns:
+        Above 0 where training on the row raised the validation loss, float64.
+    """
+    found = method.aggregate(train, validation) if index is None else index.aggregate(validation)
+    return -found.values[0].double()
