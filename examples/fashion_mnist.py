@@ -109,4 +109,5 @@ def study():
         class_names=NAMES,
         fit=fit,
         render=lambda row: (row[0][0] * SPREAD + MEAN).clamp(0, 1),  # a row is (picture [1, 28, 28], label)
+        read=lambda picture: (torch.as_tensor(picture)[None].float() / 255 - MEAN) / SPREAD,  # bytes [28, 28]
     )

@@ -20,6 +20,7 @@ FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
         "docs/influence-functions.md",
         "docs/projections.md",
         "docs/gradient-index.md",
+        "docs/audit.md",
     ],
 )
 def test_code_blocks_run_in_order(document, tmp_path, monkeypatch):

@@ -13,6 +13,8 @@ import tracin
 PROMISED = {
     "Checkpoint",
     "CheckpointRecorder",
+    "Index",
+    "InfluenceFunctions",
     "OnlineTracIn",
     "RepresenterPoints",
     "Scores",
@@ -22,6 +24,7 @@ PROMISED = {
     "TopK",
     "TracInCP",
     "Trajectory",
+    "audit",
     "errors",
     "losses",
 }

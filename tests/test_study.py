@@ -171,6 +171,7 @@ def study_of(train, **options) -> Study:
         ({"task": 1}, "task is a int"),
         ({"trajectory": []}, "trajectory is a list"),
         ({"render": "picture"}, "render is a str"),
+        ({"read": 3}, "read is a int"),
         ({"fit": 3}, "fit is a int"),
         ({"class_names": "abc"}, "class_names is a str"),
         ({"class_names": {"a": 1}}, "class_names is a dict"),

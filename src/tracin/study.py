@@ -48,6 +48,9 @@ class Study:
         render: ``render(row)`` makes a row, as the dataset gives it, something to look at: a picture array
             (undoing a normalisation), a text, or a dict. A row of a tuple of tensors is the tuple of that row's
             tensors, of a dict a dict.
+        read: ``read(value)`` makes the inputs of a row of something new, as ``render`` undoes it: of a picture array of
+            bytes, H×W or H×W×3, in the size in which training rows are shown (scaling, normalising); of a text; or of a
+            mapping. Without it the explorer takes new pictures where inputs are pictures of floats from 0 to 1.
 
     Raises:
         OptionError: An argument of another type.
@@ -70,6 +73,7 @@ class Study:
     class_names: Sequence[str] | None = None
     fit: Callable[[Any, Path, int], Trajectory] | None = None
     render: Callable[[Any], Any] | None = None
+    read: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.task, Task):
@@ -79,7 +83,7 @@ class Study:
                 f"Study: trajectory is a {type(self.trajectory).__name__}. "
                 "Give tracin.Trajectory.from_folder(folder), or tracin.Trajectory([checkpoint, ...])."
             )
-        for name in ("fit", "render"):
+        for name in ("fit", "render", "read"):
             value = getattr(self, name)
             if value is not None and not callable(value):
                 raise OptionError(f"Study: {name} is a {type(value).__name__}, not a function.")

@@ -80,7 +80,7 @@ def evidence_of(method: TracInCP, index: Index | None, train: Any, rows: Sequenc
     if index is None:
         found = method.top_k(train, asked, k=length + 1)
     else:
-        found = Index(index._contents, method).top_k(asked, k=length + 1, estimate=False)
+        found = index.asking(method).top_k(asked, k=length + 1, estimate=False)
     proponents, lowered = _others(found.proponents, own, 1)
     opponents, raised = _others(found.opponents, own, -1)
     both = [part[:, :AGREEMENT].double().abs().sum(1) for part in (lowered, raised)]

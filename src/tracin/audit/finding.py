@@ -146,7 +146,7 @@ class _Asked:
     def of(cls, method: Any, train: Any, progress: bool | None) -> _Asked:
         index = method if isinstance(method, Index) else None
         if index is not None:
-            method, train = index._method, index._train if train is None else train
+            method, train = index.method, index.train if train is None else train
             if method is None or train is None:
                 raise OptionError(
                     "find_label_issues: the index was opened without its method or its rows. Use Index.open(folder, method, "
@@ -161,7 +161,7 @@ class _Asked:
             raise OptionError("find_label_issues needs the training rows: find_label_issues(method, train).")
         if progress is not None:
             method = altered(method, progress=progress)
-            index = None if index is None else Index(index._contents, method, train)
+            index = None if index is None else index.asking(method, train)
         settings = method.settings
         n = len(open_rows(train, name="train", batch_size=settings.batch_size, collate=settings.collate))
         if n < 2:
@@ -176,7 +176,7 @@ class _Asked:
         plain = altered(self.method, normalize=False)
         if self.index is None:
             return plain.self_influence(self.train)
-        return Index(self.index._contents, plain).self_influence()
+        return self.index.asking(plain).self_influence()
 
 
 def _checked(own: SelfInfluence, asked: _Asked) -> SelfInfluence:

@@ -23,6 +23,8 @@ REFERENCE = 20_000
 _TILE_BYTES = 64 << 20
 # Cosines that differ by less are equal up to rounding.
 _TIE = 1e-12
+# Rows beyond the k nearest that are looked at for ties.
+_SPARE = 12
 
 
 def unit(features: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
@@ -94,11 +96,17 @@ class Neighbourhood:
         places = torch.searchsorted(self.reference, rows).clamp(max=len(self.reference) - 1)
         itself = (self.reference[places] == rows).nonzero().flatten()
         cosines[itself, places[itself]] = -torch.inf
-        last = cosines.topk(self.k, dim=1).values[:, -1:]
-        nearer, tied = cosines > last + _TIE, (cosines - last).abs() <= _TIE
+        # Only where more rows are tied than _SPARE is the whole line of cosines looked through.
+        count = min(self.k + _SPARE, cosines.shape[1])
+        near, places = cosines.topk(count, dim=1)
+        last = near[:, self.k - 1 : self.k]
+        if count < cosines.shape[1] and bool((near[:, -1:] >= last - _TIE).any()):
+            near, places = cosines, torch.arange(cosines.shape[1]).expand_as(cosines)
+        nearer, tied = near > last + _TIE, (near - last).abs() <= _TIE
         left = (self.k - nearer.sum(1)).double() / tied.sum(1)
-        at, other = (nearer | tied).nonzero().unbind(1)
-        weights = torch.where(nearer[at, other], 1.0, left[at])
+        at, slot = (nearer | tied).nonzero().unbind(1)
+        other = places[at, slot]
+        weights = torch.where(nearer[at, slot], 1.0, left[at])
         votes = torch.zeros(len(rows), self.classes, dtype=torch.float64)
         votes.index_put_((at, self.labels[self.reference[other]]), weights, accumulate=True)
         return votes / self.k

@@ -56,6 +56,31 @@ class Index:
         self._contents, self._method, self._train = contents, method, train
 
     @property
+    def method(self) -> TracInCP | None:
+        """The method that asks, None where the index was opened without one."""
+        return self._method
+
+    @property
+    def train(self) -> Any:
+        """The train rows, None where they are not at hand."""
+        return self._train
+
+    def asking(self, method: TracInCP, train: Any = None) -> Index:
+        """The same index, asked by a method with other settings, such as other weights of the checkpoints.
+
+        Args:
+            method: Of the model, the loss and the checkpoints that the index was built with.
+            train: The train rows, for ``rerank`` and the estimate of the error.
+
+        Returns:
+            The index.
+
+        Raises:
+            OptionError: ``method`` is no ``TracInCP``.
+        """
+        return Index(self._contents, _require_method(method), train)
+
+    @property
     def manifest(self) -> Manifest:
         """What it was made from."""
         return self._contents.manifest

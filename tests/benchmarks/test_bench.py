@@ -1,0 +1,147 @@
+"""The benchmark measures what its tables say: sizes, errors, ratios, and a reason for each peer that has no number."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+sys.path.append(str(FOLDER))
+
+import floor  # noqa: E402
+import growth  # noqa: E402
+import measure  # noqa: E402
+import table  # noqa: E402
+import workloads  # noqa: E402
+
+TINY = "gpt:rows=8,queries=3,checkpoints=1,batch=4,length=8,width=16"
+
+
+class Scripted:
+    """A process whose answers are known."""
+
+    def __init__(self, **answers: dict[str, Any]) -> None:
+        self.answers = {"ready": {"ready": True}, "error": {"error": 1e-7}, **answers}
+
+    def answer(self, limit: float | None = None) -> dict[str, Any]:
+        return dict(self.answers["ready"])
+
+    def ask(self, word: str, limit: float | None = None) -> dict[str, Any]:
+        return dict(self.answers[word])
+
+
+def settings() -> measure.Settings:
+    return measure.Settings(threads=1, rounds=1, patience=5.0)
+
+
+def test_sizes_are_read_from_the_name() -> None:
+    case = workloads.case_of(TINY)
+    assert (case.rows, case.queries, case.checkpoints, case.batch, case.length) == (8, 3, 1, 4, 8)
+    assert case.model().tokens.weight.shape == (1000, 16)
+    assert workloads.case_of("mlp:width=64").model()[1].weight.shape == (64, 784)
+    assert workloads.case_of("cnn") == workloads.CASES["cnn"]
+
+
+def test_ours_is_measured_in_its_own_process() -> None:
+    said: list[str] = []
+    result = measure.measure(TINY, ["influence"], settings(), said.append)
+    plain, ours = result.methods
+    assert (plain.label, ours.label) == ("pass", "influence")
+    assert ours.error is not None
+    assert ours.error < 1e-5
+    assert ours.peak is not None
+    assert ours.peak > 0
+    assert len(ours.ratios) == len(plain.ratios) == 1
+    assert plain.ratios == [1.0]
+    assert TINY in said[0]
+    assert measure.Result.from_json(result.as_json()) == result
+
+
+def test_a_peer_that_cannot_run_keeps_its_reason() -> None:
+    process = Scripted(ready={"failed": "ModuleNotFoundError: No module named 'dattri'"})
+    found, again = measure.first_run(process, "dattri", settings())
+    assert not again
+    assert not found.seconds
+    assert found.note == "ModuleNotFoundError: No module named 'dattri'"
+    page = table.markdown([result_of(found)])
+    assert "- Not measured: dattri TracInAttributor: ModuleNotFoundError: No module named 'dattri'" in page
+
+
+def test_ours_may_not_fail() -> None:
+    with pytest.raises(SystemExit, match="influence: out of memory"):
+        measure.first_run(Scripted(first={"failed": "out of memory"}), "influence", settings())
+
+
+def test_a_slow_peer_runs_once() -> None:
+    process = Scripted(first={"seconds": 6.0, "peak": 1}, **{"pass": {"beside": 2.0}})
+    found, again = measure.first_run(process, "captum", settings())
+    assert not again
+    assert (found.seconds, found.ratios) == ([6.0], [3.0])
+    _, again = measure.first_run(process, "influence", settings())
+    assert again
+
+
+def result_of(*methods: measure.Measured) -> measure.Result:
+    facts = measure.machine(1, "wall")
+    return measure.Result("tiny", "Tiny", 10, 8, 3, 1, 4, facts, list(methods))
+
+
+def test_wrong_scores_are_marked() -> None:
+    right = measure.Measured("influence", [1.0], [1.5], peak=3 << 20, error=1e-7)
+    wrong = measure.Measured("captum", [3.0], [4.5], peak=0, error=1e-2)
+    page = table.markdown([result_of(right, wrong)])
+    assert "| tracin influence | 1.000 | 1.50 |  | 1 | 3 | 1.0e-07 |" in page
+    assert "1.0e-02 (wrong)" in page
+    assert "| captum TracInCP, per-sample mode | 4.50 † |" in page
+    assert "3.00× as fast as captum" in page
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_floors_ways_give_each_rows_gradient(stride: int) -> None:
+    torch.manual_seed(0)
+    module = nn.Conv2d(3, 4, 3, stride, padding=1, bias=False).double()
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    output = module(x)
+    d = torch.randn_like(output)
+    truth = [
+        torch.autograd.grad((module(x[i : i + 1]) * d[i : i + 1]).sum(), module.weight)[0] for i in range(2)
+    ]
+    for way in (floor.grouped, floor.unfolded):
+        assert torch.allclose(way(x, d, module).view(2, 4, 3, 3, 3), torch.stack(truth))
+
+
+def test_the_floor_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    workload = workloads.made(TINY, workloads.case_of(TINY), tmp_path)
+    found = floor.floor(workload, 1, measure.CLOCKS["wall"])
+    assert all(parameter.requires_grad for parameter in workload.model.parameters())
+    assert {layer.way for layer in found["layers"]} <= {"factors", "batched product"}
+    assert len(found["layers"]) == 4 * 4 + 1
+    assert found["without"] > 0
+
+
+def test_the_growth_page_tells_the_power(tmp_path: Path) -> None:
+    def one(seconds: float) -> dict[str, Any]:
+        return {"seconds": seconds, "ratio": 1.0, "peak": 1 << 20, "error": 1e-7, "note": ""}
+
+    points = [
+        {
+            "value": n,
+            "parameters": 7,
+            "methods": {"pass": one(n / 2), "influence": one(n / 1), "vmap": one(n / 1)},
+        }
+        for n in (100, 200)
+    ]
+    points[1]["methods"]["vmap"] = {**one(0.0), "seconds": None, "ratio": None, "note": "not done after 40 s"}
+    base = growth.CURVES["n"].base
+    kept = {"curves": {"n": {"base": base, "peer": "vmap", "points": points}}, "rounds": 1}
+    kept["machine"] = measure.machine(1, "wall")
+    page = growth.page(kept)
+    assert "time with the power 1.00 and memory with the power 0.00" in page
+    assert "- vmap(grad) + matmul at 200: not done after 40 s" in page
+    growth.draw("n", kept, tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
