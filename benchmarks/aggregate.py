@@ -32,7 +32,9 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "results" / "aggregate.
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Influence on classes, beside the plain pass.")
-    parser.add_argument("--models", nargs="+", choices=("mlp", "cnn", "resnet"), default=["mlp", "cnn", "resnet"])
+    parser.add_argument(
+        "--models", nargs="+", choices=("mlp", "cnn", "resnet"), default=["mlp", "cnn", "resnet"]
+    )
     parser.add_argument("--validation", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
@@ -91,8 +93,8 @@ def markdown(results: list[dict[str, Any]], options: argparse.Namespace) -> str:
             f"2,000 train rows, {options.validation:,} validation rows in 10 classes, 3 checkpoints. One plain pass: forward and "
             "backward with the parameters' gradients over all of these rows at every checkpoint. Ratios are medians over "
             f"{options.rounds} rounds in one process, each to the pass of its round. The error: from the class means of all "
-            "single scores, over the largest. *By arithmetic*: the pass's multiply-adds and those of each train row with each of the 10 "
-            "summed gradients, over the pass's; where the pass itself is little more than one product per parameter and row, ten "
+            "single scores, over the largest. *By arithmetic*: the pass's multiply-adds and those of each train row with each of "
+            "the 10 summed gradients, over the pass's; where the pass itself is little more than one product per parameter and row, ten "
             "more cannot be had for a small part of it."
         ),
         "",
@@ -108,8 +110,8 @@ def markdown(results: list[dict[str, Any]], options: argparse.Namespace) -> str:
     lines += [
         "",
         (
-            f"{where['threads']} threads ({where['clock']} clock), {where['processor']} {where['vectors']}, {where['system']}, Python "
-            f"{where['python']}, torch {where['torch']}. Made by `python benchmarks/aggregate.py --write-docs`."
+            f"{where['threads']} threads ({where['clock']} clock), {where['processor']} {where['vectors']}, {where['system']}, "
+            f"Python {where['python']}, torch {where['torch']}. Made by `python benchmarks/aggregate.py --write-docs`."
         ),
         "",
     ]
