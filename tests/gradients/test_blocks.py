@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradients.common import normal, seeded
 from tracin.gradients import blocks
 from tracin.gradients.blocks import Block, Convolution, Dense, Outer, Rows, Sum
 from tracin.gradients.convolution import ConvolutionShape
 from tracin.gradients.products import concatenate, dot, held
+from tracin.gradients.rules import convolution_block
 
 Made = tuple[Block, Tensor]  # a block, and the same gradients multiplied out without it
 
@@ -192,6 +193,26 @@ def test_the_norm_by_each_route(
     monkeypatch.setattr(blocks, "TILE", tile)
     block = Outer(normal(4, t, i, seed=1), normal(4, t, o, seed=2), bias)
     close(block.squared_norm(), block.materialise().square().sum(1), f"t={t}, i={i}, o={o}")
+
+
+@pytest.mark.parametrize(
+    ("channels", "out", "side", "stride", "dilation"), [(12, 10, 2, 1, 1), (12, 10, 5, 2, 2), (2, 3, 6, 1, 1)]
+)
+@tiles
+def test_the_norm_of_a_convolution_by_each_route(
+    channels: int, out: int, side: int, stride: int, dilation: int, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few pixels of many channels (by the Gram matrices), many pixels of few (multiplied out)."""
+    monkeypatch.setattr(blocks, "TILE", tile)
+    layer = nn.Conv2d(channels, out, 3, stride, padding=dilation, dilation=dilation, bias=False).double()
+    x = normal(4, channels, side, side, seed=1)
+    output = layer(x)
+    d = normal(*output.shape, seed=2)
+    block = convolution_block(layer, x[:, None], d[:, None])
+    truth = torch.stack(
+        [torch.autograd.grad(layer(x[row : row + 1]), layer.weight, d[row : row + 1])[0] for row in range(4)]
+    )
+    close(block.squared_norm(), truth.flatten(1).square().sum(1), "squared_norm")
 
 
 def test_the_norm_of_uses_that_cancel_is_not_negative() -> None:

@@ -21,7 +21,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from tracin.gradients.convolution import ConvolutionShape, patches, weight_gradient
+from tracin.gradients.convolution import ConvolutionShape, columns, patches, weight_gradient
 from tracin.shapes import Float, Int
 
 __all__ = ["TILE", "Block", "Convolution", "Dense", "Outer", "Rows", "Sum", "tiles"]
@@ -225,7 +225,17 @@ class Convolution:
         return self.shape.weight_size
 
     def squared_norm(self) -> Float[Tensor, " n"]:
-        return _squared_norm_in_tiles(self)
+        o, t = self.shape.out_channels, self.d[0, 0, 0].numel()
+        i = self.size // o
+        if self.x.shape[1] > 1 or self.shape.groups > 1 or t * (i + o) >= i * o:
+            return _squared_norm_in_tiles(self)
+        # ‖Σ_t δ_t ⊗ a_t‖² = Σ_ts (a_t·a_s)(δ_t·δ_s)
+        parts = []
+        for start, stop in tiles(len(self), t * (i + 2 * t)):
+            a = columns(self.x[start:stop, 0], self.shape, tuple(self.d.shape[3:]))  # [n, i, t]
+            d = self.d[start:stop, 0].flatten(2)  # [n, o, t]
+            parts.append((torch.bmm(a.mT, a) * torch.bmm(d.mT, d)).sum((1, 2)))
+        return torch.cat(parts).clamp_min(0.0)
 
     def materialise(self) -> Float[Tensor, "n p"]:
         n, k = self.x.shape[:2]

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import grad as conv_grad
 
-__all__ = ["ConvolutionShape", "patches", "weight_gradient"]
+__all__ = ["ConvolutionShape", "columns", "patches", "weight_gradient"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,14 @@ def patches(x: Tensor, shape: ConvolutionShape, pixels: tuple[int, ...] | None =
     order = (0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims))
     n = x.shape[0]
     return view.permute(order).reshape(n, -1, shape.in_channels * math.prod(shape.kernel))
+
+
+def columns(x: Tensor, shape: ConvolutionShape, pixels: tuple[int, ...]) -> Tensor:
+    """Patches of pictures x [n, c, *space] as [n, c·kernel, pixels], copied along the rows of the picture."""
+    view = _windows(x, shape, pixels)  # [n, c, *pixels, *kernel]
+    dims = len(shape.kernel)
+    kernel_first = (0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
+    return view.permute(kernel_first).reshape(len(x), -1, math.prod(pixels))
 
 
 def _windows(x: Tensor, shape: ConvolutionShape, pixels: tuple[int, ...] | None) -> Tensor:
@@ -95,14 +103,8 @@ def _patches_are_cheaper(d: Tensor, shape: ConvolutionShape) -> bool:
 
 
 def _by_patches(x: Tensor, d: Tensor, shape: ConvolutionShape) -> Tensor:
-    n, g = x.shape[0], shape.groups
-    a = _windows(x, shape, tuple(d.shape[2:]))  # [n, c, *pixels, *kernel]
-    dims = len(shape.kernel)
-    kernel_first = (0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
-    t = math.prod(d.shape[2:])
-    a = a.permute(kernel_first).reshape(
-        n * g, -1, t
-    )  # [ng, c/g·kernel, t]: copied along the rows of the picture
+    n, g, t = x.shape[0], shape.groups, math.prod(d.shape[2:])
+    a = columns(x, shape, tuple(d.shape[2:])).reshape(n * g, -1, t)  # [ng, c/g·kernel, t]
     d = d.reshape(n * g, -1, t)
     # With few columns the product is faster turned around, and copying it back costs little: measured on two CPU cores.
     few = a.shape[1] < min(32, d.shape[1])
