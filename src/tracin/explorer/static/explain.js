@@ -146,7 +146,7 @@ function filterFields(study, asked, reload) {
     on: { input: () => { clearTimeout(waiting); waiting = setTimeout(() => change("search")(search.value.trim()), 200); } },
   });
   const orders = [["row:", "row number"], ["loss:1", "highest loss"], ["loss:", "lowest loss"]];
-  if (study.classes !== null) orders.unshift(["confidence:1", "most confident"], ["confidence:", "least confident"]);
+  if (study.classes !== null) orders.unshift(["confidence:1", "most sure"], ["confidence:", "least sure"]);
   const order = select("Order", orders, `${asked.order}:${asked.down}`, (value) => { [asked.order, asked.down] = value.split(":"); reload(); });
   if (study.classes === null) return [search, h("div", { class: "pair" }, order)];
   const classes = [["", "any"], ...study.classes.map((name) => [name, name])];
