@@ -261,6 +261,11 @@ def test_a_regression_has_targets_and_no_classes(tmp_path):
     first = client.json("/api/suspects")["items"][0]
     assert first["row"] == 7
     assert float(first["given"]) > 5
+    suggested = source.content.audit.suggested_labels
+    if suggested is None:
+        assert first["target"] is None
+    else:
+        assert first["target"] == pytest.approx(float(suggested[7]), rel=1e-9), "not in four digits"
     (target,) = client.json("/api/explain/train/7")["targets"]
     assert (target["kind"], target["name"], target["words"]) == ("label", None, "its own target")
     assert client.get("/api/explain/train/7?target=1").status_code == 400

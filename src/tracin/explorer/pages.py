@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -145,6 +146,11 @@ class Content:
             "score": number(score),
             "confidence": number(_at(known.confidence, row)),
         }
+
+
+def _target(suggested: Any) -> float | None:
+    """The suggested target as it is, where ``suggested`` has it in four digits."""
+    return None if suggested is None or not math.isfinite(suggested) else float(suggested)
 
 
 def _at(values: Tensor | None, row: int) -> Any:
@@ -339,6 +345,7 @@ class Source:
             "rank": int(audit.rank[row]),
             "given": content.label_text(_at(audit.given_labels, row)),
             "suggested": content.label_text(_at(audit.suggested_labels, row)),
+            "target": None if content.names is not None else _target(_at(audit.suggested_labels, row)),
             "score": number(float(audit.score[row])),
             "flagged": bool(audit.is_issue[row]),
             "signals": {name: number(float(values[row])) for name, values in audit.signals.items()},

@@ -130,7 +130,7 @@ export function auditPage(study, kept, decisions) {
     }
     if (action === "relabel" && label === null) {
       if (item.suggested === null) return;
-      label = study.classes === null ? Number(item.suggested) : item.suggested;
+      label = study.classes === null ? item.target : item.suggested;
     }
     decide(item, action, label);
   }

@@ -44,7 +44,7 @@ function byName(names, item, take) {
 }
 
 function byNumber(item, take) {
-  const box = h("input", { type: "number", step: "any", "aria-label": "New target", value: item.suggested });
+  const box = h("input", { type: "number", step: "any", "aria-label": "New target", value: item.target ?? item.suggested });
   const form = h("div", { class: "pair" }, box, h("button", { type: "button", class: "primary", on: { click: () => done() } }, "Relabel"));
   const done = () => { if (box.value !== "" && Number.isFinite(Number(box.value))) take(Number(box.value)); };
   box.addEventListener("keydown", (event) => { if (event.key === "Enter") { event.preventDefault(); done(); } });

@@ -37,7 +37,7 @@ function verdict(item) {
 
 function actions(study, item, decision, act) {
   const relabelled = decision?.action === "relabel";
-  const suggestion = study.classes === null ? Number(item.suggested) : item.suggested;
+  const suggestion = study.classes === null ? item.target : item.suggested;
   const toSuggestion = relabelled && decision.label === suggestion;
   const button = (name, key, action, words, pressed, usable = true) => h("button", {
     type: "button", class: `act ${name}${action === "keep" || action === "relabel" ? " large" : ""}`, "aria-pressed": String(pressed), "aria-keyshortcuts": key, data: { act: action }, disabled: !usable, on: { click: () => act(action) },
