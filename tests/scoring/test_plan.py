@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 import oracle
 import tracin
@@ -91,3 +92,31 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     )
     plan = chosen.plan(rows(N, 1, dtype), rows(M, 2, dtype))
     assert plan.peak_bytes > M * N * 4
+
+
+class Decoding(Dataset):
+    """Rows that a dataset makes each time it is asked."""
+
+    def __init__(self, n: int) -> None:
+        self.x, self.y = rows(n, 1)
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, at: int) -> tuple[torch.Tensor, int]:
+        return self.x[at].clone(), int(self.y[at])
+
+
+def test_rows_that_a_dataset_makes_are_planned_where_they_are_kept() -> None:
+    row = 4 * 8 + 8  # four float64 inputs and a label
+    parts = dict(method().plan(Decoding(300), rows(M, 2)).parts)
+    assert parts["rows kept"] == 300 * row
+    assert dict(method().plan(rows(300, 1), rows(M, 2)).parts)["rows kept"] == 0, (
+        "slices of tensors are not made"
+    )
+    tight = dict(method(memory="20kB").plan(Decoding(300), rows(M, 2)).parts)
+    assert tight["rows kept"] <= 20_000 // 4, "given up when they outgrow their share"
+    once = dict(method().plan(Decoding(300), rows(M, 2), verb="top_k").parts)
+    assert once["rows kept"] == 0, "read once, all queries being held"
+    assert once["checkpoints kept"] > 0
+    assert dict(method().plan(Decoding(300), verb="self_influence").parts)["rows kept"] == 300 * row

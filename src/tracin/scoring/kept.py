@@ -22,6 +22,10 @@ class Kept:
         self._limit, self._used = limit, 0
         self._batches: dict[range, Batch] = {}
 
+    def expected(self, needed: int) -> int:
+        """Bytes that are held at the most where all batches need so many: they are given up when they outgrow the limit."""
+        return min(needed, self._limit)
+
     def offer(self, batch: Batch) -> bool:
         """Keep a batch, if its size can be told and all fit.
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from tracin.data import to_device
+from tracin.data import to_device, value_bytes
 from tracin.gradients.engine import Source
 from tracin.gradients.products import concatenate, held
 from tracin.scoring.fits import VERBS, query_budget, sizes_of, ways_to_fit
@@ -210,6 +210,7 @@ class _Planning:
         step = self._repeated(self._own_step)
         self._explain(max(step.peak, self.checks[0].peak))
         parts = {"scores": sizes_of(run, self.verb).result, "a batch": max(step.peak, self.checks[0].peak)}
+        parts["rows kept"] = self._kept_rows(run.train)
         seconds = self._fixed() + self.c * step.per_row * self.n
         return self._told(parts, seconds, self.c, routes)
 
@@ -241,11 +242,10 @@ class _Planning:
         self._explain(holding + max(step.peak, asked.peak, *(check.peak for check in self.checks)))
         del queries
         fixed = self._fixed() + self.c * asked.per_row * m
+        passes = self.c * tiles
         if self.verb == "influence":
-            passes = self.c * tiles
             parts, extra = self._influence_parts(holding, asked, largest, step)
         else:
-            passes = self.c * tiles
             parts, extra = self._top_k_parts(holding, asked, largest, step, tile)
         return self._told(parts, fixed + passes * step.per_row * self.n + extra, passes, routes)
 
@@ -285,7 +285,8 @@ class _Planning:
         result = sizes_of(run, "influence").result
         joined = max(asked.peak, largest, self.checks[0].peak)
         batch = max(step.peak, self.checks[-1].peak, joined)
-        return {"scores": result, "held queries": holding, "a batch": batch}, 0.0
+        parts = {"scores": result, "held queries": holding, "a batch": batch}
+        return {**parts, "rows kept": self._kept_rows(*run.sources())}, 0.0
 
     def _top_k_parts(
         self, holding: int, asked: _Cost, largest: int, step: _Cost, tile: int
@@ -300,13 +301,28 @@ class _Planning:
         cost, _ = self._once(partial(lists.add, scores, torch.arange(rows)))
         del scores
         batch = max(step.peak, asked.peak, largest, *(check.peak for check in self.checks), cost.peak)
+        run.stay_resident()
+        # The train rows are read once for each tile of queries.
+        again = run.sources() if tile < len(run.asked.rows) else [run.asked]
         parts = {
             "lists": sizes_of(run, "top_k", self.k).result,
             "held queries": holding * self.c,
             "a tile of rows and scores": rows * (decoded + tile * run.dtype.itemsize),
             "a batch": batch,
+            "rows kept": self._kept_rows(*again),
+            "checkpoints kept": self.c * run.loaded.nbytes() if run.resident else 0,
         }
         return parts, tiles * (cost.seconds + self.c * self.again.seconds)
+
+    def _kept_rows(self, *sources: Source) -> int:
+        """Decoded batches that stay for the checkpoints after."""
+        total = 0
+        for source in sources:
+            held_rows = self.run.decoded.get(source.rows.name)
+            if held_rows is not None:
+                batch = next(iter(self.run.batches(source)))[0]
+                total += held_rows.expected((value_bytes(batch.value) or 0) * len(source.rows) // batch.size)
+        return total
 
     def _fixed(self) -> float:
         """Seconds of loading, wiring and checking."""
