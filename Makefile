@@ -3,14 +3,15 @@
 #   make test    every test, doctests included, with coverage
 #   make check   format, lint, types, layers
 #   make docs    docs/_build/html/index.html
-#   make bench   speed, as ratios to one plain forward and backward pass
+#   make bench   speed, memory and error beside other libraries, as ratios to one plain pass; half an hour
 #   make study   who finds planted label flips first, on Fashion-MNIST; hours
-#   make clean   what the targets wrote, .venv excepted
+#   make clean   what the targets wrote, .venv and .venv-bench excepted
 # TORCH is what pip installs as torch (TORCH=torch==2.13.0); PYTHON makes .venv where there is none.
 
 TORCH ?= torch
 PYTHON ?= python3
 VENV ?= .venv
+BENCH_VENV ?= .venv-bench
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -18,6 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_STAMP := $(VENV)/.tracin-torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1)
 DEMO_STAMP := $(VENV)/.tracin-demo
 DEV_STAMP := $(VENV)/.tracin-dev
+BENCH_STAMP := $(BENCH_VENV)/.tracin-bench
 
 .PHONY: help demo test check docs bench study clean
 .DELETE_ON_ERROR:
@@ -40,9 +42,11 @@ check: $(DEV_STAMP)
 docs: $(DEV_STAMP)
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 
-bench: $(DEV_STAMP)
-	$(BIN)/python benchmarks/run.py
-	$(BIN)/python benchmarks/online.py --overhead
+bench: $(BENCH_STAMP)
+	$(BENCH_VENV)/bin/python benchmarks/run.py --write-docs
+	$(BENCH_VENV)/bin/python benchmarks/run.py --profile all --write-docs
+	$(BENCH_VENV)/bin/python benchmarks/growth.py --write-docs
+	$(BENCH_VENV)/bin/python benchmarks/online.py --overhead
 
 study: $(DEV_STAMP)
 	$(BIN)/python benchmarks/mislabelled.py
@@ -71,3 +75,11 @@ $(DEV_STAMP): pyproject.toml $(TORCH_STAMP)
 	# A judge of our EK-FAC. Its dependencies would bring torchvision, which the test does without.
 	$(PIP) install --no-deps curvlinops-for-pytorch einops einconv linear_operator
 	touch $@ $(DEMO_STAMP)
+
+# The libraries that the benchmark compares with stay out of .venv: their wishes are not the project's.
+$(BENCH_STAMP): pyproject.toml benchmarks/peers.txt benchmarks/peers-needs.txt
+	test -x $(BENCH_VENV)/bin/python || $(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_VENV)/bin/python -m pip --disable-pip-version-check install '$(TORCH)'
+	$(BENCH_VENV)/bin/python -m pip --disable-pip-version-check install --requirement benchmarks/peers-needs.txt --editable '.[demo]' '$(TORCH)'
+	$(BENCH_VENV)/bin/python -m pip --disable-pip-version-check install --no-deps --requirement benchmarks/peers.txt
+	touch $@

@@ -14,7 +14,7 @@ from pathlib import Path
 import peers
 import torch
 from measure import CLOCKS, timed
-from workloads import FASHION, NAMES, Workload, build
+from workloads import FASHION, FIRST, NAMES, Workload, build
 
 import tracin
 
@@ -41,7 +41,7 @@ def ratios(workload: Workload, sizes: list[int | str], rounds: int, clock: str) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Rows per batch against time.")
-    parser.add_argument("--models", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--models", nargs="+", choices=NAMES, default=list(FIRST))
     parser.add_argument("--factors", nargs="+", type=float, default=[0.25, 0.5, 1, 2, 4])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)

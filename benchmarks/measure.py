@@ -1,42 +1,64 @@
-"""Interleaved rounds of every method in one process, as ratios to the plain pass of the same round.
+"""Every method in a process of its own, interleaved round by round, beside the plain pass.
 
-Two numbers from different minutes of a shared machine cannot be divided; two from the same round can. So each round runs
-every method once, its ratio is taken within the round, and the median over rounds is told with its range.
+Two numbers from different minutes of a shared machine cannot be divided; two from the same second can. So a round asks each
+process once, in turn, and the process runs one plain pass and then its method: the ratio is of these two. The median over
+the rounds is told with its range.
 """
 
 from __future__ import annotations
 
 import gc
+import json
 import os
 import platform
+import queue
 import statistics
+import subprocess
+import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-import peers
 import torch
-from torch import Tensor
-from workloads import Workload
+from workloads import FASHION, Workload, case_of, made
 
 import tracin
 
-__all__ = ["CLOCKS", "Measured", "Result", "measure"]
+__all__ = [
+    "CLOCKS",
+    "OURS",
+    "PEERS",
+    "Measured",
+    "Process",
+    "Result",
+    "Settings",
+    "machine",
+    "measure",
+    "ours",
+    "timed",
+]
 
-K = 10
-PEERS = frozenset({"vmap", "captum"})
+HERE = Path(__file__).resolve().parent
+OURS = ("influence", "top_k", "self_influence")
+PEERS = ("vmap", "captum", "dattri", "dattri_llm", "kronfluence")
+ERROR_ALONE, K = "captum_exact", 10
 # On a machine whose cores are shared, CPU seconds with one thread are steadier than the clock on the wall.
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @dataclass
 class Measured:
-    """One method: seconds of each round, ratios to the pass, and the error of its scores."""
+    """One method: seconds of each round, ratios to the pass beside it, its peak, and the error of its scores."""
 
     label: str
     seconds: list[float] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
+    peak: int | None = None
     error: float | None = None
     note: str = ""
 
@@ -51,7 +73,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Result:
-    """One model's measurements and what they were made on."""
+    """One workload's measurements and what they were made on."""
 
     name: str
     title: str
@@ -69,6 +91,22 @@ class Result:
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Result:
         return cls(**{**found, "methods": [Measured(**method) for method in found["methods"]]})
+
+    def method(self, label: str) -> Measured | None:
+        return next((method for method in self.methods if method.label == label), None)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure: which Python runs the methods, how often, and how long a peer may take."""
+
+    python: str = sys.executable
+    threads: int = 2
+    rounds: int = 5
+    patience: float | None = None
+    limit: float = 120.0
+    clock: str = "wall"
+    data: Path = FASHION
 
 
 def machine(threads: int, clock: str) -> dict[str, Any]:
@@ -91,21 +129,6 @@ def ours(workload: Workload) -> tracin.TracInCP:
     return tracin.TracInCP(task, workload.trajectory, device="cpu", progress=False)
 
 
-def runners(workload: Workload, wanted: frozenset[str]) -> dict[str, Callable[[], Any]]:
-    """Label → one run of it."""
-    method = ours(workload)
-    train, queries = workload.train, workload.queries
-    everything: dict[str, Callable[[], Any]] = {
-        "pass": lambda: peers.plain_pass(workload),
-        "influence": lambda: method.influence(train, queries),
-        "top_k": lambda: method.top_k(train, queries, k=K),
-        "self_influence": lambda: method.self_influence(train),
-        "vmap": lambda: peers.vmap_scores(workload),
-        "captum": lambda: peers.captum_fast(workload),
-    }
-    return {label: run for label, run in everything.items() if label == "pass" or label in wanted}
-
-
 def timed(run: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> tuple[float, Any]:
     gc.collect()
     start = clock()
@@ -113,110 +136,166 @@ def timed(run: Callable[[], Any], clock: Callable[[], float] = time.perf_counter
     return clock() - start, out
 
 
-def spread_out(n: int, wanted: int) -> list[int]:
-    """Positions evenly over n rows, the first and the last among them."""
-    return torch.linspace(0, n - 1, min(n, wanted)).round().long().tolist()
+class Process:
+    """One method in a process of its own, which runs when it is told to and answers in JSON, a line each."""
+
+    def __init__(self, method: str, name: str, folder: Path, settings: Settings) -> None:
+        self.method = method
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
+        words = [settings.python, str(HERE / "worker.py"), method, name, "--folder", str(folder)]
+        words += ["--threads", str(settings.threads), "--clock", settings.clock, "--data", str(settings.data)]
+        threads = {"OMP_NUM_THREADS": str(settings.threads), "MKL_NUM_THREADS": str(settings.threads)}
+        self._process = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
+            env={**os.environ, **threads},
+        )  # fmt: skip
+        self._answers: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        for line in self._process.stdout:
+            self._answers.put(line)
+        self._answers.put("")
+
+    def ask(self, command: str, limit: float | None = None) -> dict[str, Any]:
+        """Send a command and wait for its answer; ``{"failed": why}`` when there is none."""
+        try:
+            self._process.stdin.write(command + "\n")
+            self._process.stdin.flush()
+        except OSError:
+            return {"failed": self._end()}
+        return self.answer(limit)
+
+    def answer(self, limit: float | None = None) -> dict[str, Any]:
+        try:
+            line = self._answers.get(timeout=limit)
+        except queue.Empty:
+            self.close()
+            return {"failed": f"not done after {limit:.0f} s"}
+        return json.loads(line) if line else {"failed": self._end()}
+
+    def _end(self) -> str:
+        code = self._process.wait()
+        self._errors.seek(0)
+        said = self._errors.read().strip().splitlines()
+        return f"its process ended with {code}{': ' + said[-1][:160] if said else ''}"
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._errors):
+            with suppress(OSError):  # the other side is gone
+                stream.close()
 
 
-def relative(found: Tensor, truth: Tensor) -> float:
-    """max |Δ| / max |score|."""
-    return float((found.double() - truth).abs().max() / truth.abs().max())
+def labels(wanted: Iterable[str]) -> list[str]:
+    """The processes to start, in the order of the table: the plain pass is always among them."""
+    asked = {"pass", *wanted}
+    chosen = [label for label in ("pass", *OURS, *PEERS) if label in asked]
+    return [*chosen, ERROR_ALONE] if "captum" in chosen else chosen
 
 
-def errors(workload: Workload, results: dict[str, Any]) -> dict[str, float]:
-    """Each method's error against float64 autograd, one row at a time, on a few rows and queries."""
-    rows, asked = spread_out(len(workload.train[0]), 8), spread_out(len(workload.queries[0]), 4)
-    truth, own = peers.reference(workload, rows, asked)
-    grid = torch.tensor(asked)[:, None], torch.tensor(rows)
-    out = {}
-    for label, result in results.items():
-        if label == "self_influence":
-            out[label] = relative(result.values[rows], own)
-        elif label == "top_k":
-            ids = result.proponents.ids[asked[0]].tolist()
-            listed, _ = peers.reference(workload, ids, asked[:1])
-            out[label] = relative(result.proponents.values[asked[0]], listed[0])
-        elif label != "pass":
-            values = result.values if isinstance(result, tracin.Scores) else result
-            out[label] = relative(values[grid], truth)
-    if "captum" in results:
-        out["captum_exact"] = relative(peers.captum_exact(workload, rows, asked), truth)
-    return out
-
-
-def warm_up(
-    runs: dict[str, Callable[[], Any]], patience: float, clock: Callable[[], float]
-) -> tuple[dict[str, Measured], dict[str, Any], dict[str, float]]:
-    """One run of each: its result, and the seconds of those too slow to be run again.
+def first_run(process: Process, label: str, settings: Settings) -> tuple[Measured, bool]:
+    """Let a process make ready and run once, which tells its peak and its error.
 
     Args:
-        runs: Label → one run; ``"pass"`` comes first.
-        patience: A peer that takes longer than this many seconds is measured by this run alone.
-        clock: One of ``CLOCKS``.
+        process: Just started.
+        label: Its method.
+        settings: How to measure.
 
     Returns:
-        Measurements by label, results by label, and the seconds of the slow ones.
+        What was measured, and whether rounds follow.
+
+    Raises:
+        SystemExit: One of our own methods, or the pass, failed: there is nothing to compare with.
     """
-    found: dict[str, Measured] = {}
-    results: dict[str, Any] = {}
-    slow: dict[str, float] = {}
-    for label, run in runs.items():
-        found[label] = Measured(label)
-        try:
-            seconds, results[label] = timed(run, clock)
-        except Exception as error:
-            if label in PEERS:  # a peer that cannot run this model is a finding, told in the table
-                found[label].note = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
-                continue
-            raise
-        if seconds > patience and label in PEERS:
-            slow[label] = seconds
-    return found, results, slow
+    one = Measured(label)
+    answer = process.answer(settings.limit)
+    for command in ("first", "error"):
+        answer |= {} if "failed" in answer else process.ask(command, settings.limit)
+    if "failed" in answer:
+        if label not in PEERS and label != ERROR_ALONE:
+            raise SystemExit(f"{label}: {answer['failed']}")
+        one.note = answer["failed"]  # a peer that cannot run this is a finding, told in the table
+        return one, False
+    one.error = answer["error"]
+    if label == ERROR_ALONE:
+        one.note = "a few rows, for its error alone"
+        return one, False
+    one.peak = answer["peak"]
+    if label in PEERS and answer["seconds"] > settings.patience:
+        one.seconds, one.note = [answer["seconds"]], "run once"
+        one.ratios = [answer["seconds"] / process.ask("pass")["beside"]]
+        return one, False
+    return one, True
+
+
+def rounds_of(
+    processes: dict[str, Process],
+    found: dict[str, Measured],
+    count: int,
+    share: float,
+    say: Callable[[str], None],
+) -> None:
+    """Ask each process once per round, in turn; ``share`` is the train rows' part of the pass."""
+    start = time.perf_counter()
+    for at in range(count):
+        for label, process in processes.items():
+            answer = process.ask("pass" if label == "pass" else "go")
+            if "failed" in answer:
+                raise SystemExit(f"{label}: {answer['failed']}")
+            # Self-influence reads no queries: its floor is the same share of the pass.
+            floor = answer["beside"] * (share if label == "self_influence" else 1)
+            seconds = answer.get("seconds", answer["beside"])
+            found[label].seconds.append(seconds)
+            found[label].ratios.append(seconds / floor)
+        if at == 0 and count > 1:
+            say(f"  one round took {time.perf_counter() - start:.0f} s, {count - 1} to come")
 
 
 def measure(
-    workload: Workload, *, rounds: int, patience: float, threads: int, wanted: frozenset[str], clock: str
+    name: str, wanted: Iterable[str], settings: Settings, say: Callable[[str], None] = print
 ) -> Result:
-    """Run everything ``rounds`` times, interleaved, after a warm-up.
+    """Start a process for each method, run each once, then ``settings.rounds`` times in turn.
 
     Args:
-        workload: Model, rows and checkpoints.
-        rounds: Rounds that are counted.
-        patience: Seconds above which a peer is run once.
-        threads: Threads of torch, already set.
-        wanted: Labels to run beside the plain pass.
-        clock: ``"wall"`` or ``"cpu"``.
+        name: A workload, as ``workloads.case_of`` reads it.
+        wanted: Methods to run beside the plain pass.
+        settings: How to measure.
+        say: Told what was done and what is to come.
 
     Returns:
         The measurements.
     """
-    runs = runners(workload, wanted)
-    found, results, slow = warm_up(runs, patience, CLOCKS[clock])
-    share = len(workload.train[0]) / (len(workload.train[0]) + len(workload.queries[0]))
-    for _ in range(rounds):
-        base = 0.0
-        for label in results:
-            if label in slow:
-                continue
-            seconds, _ = timed(runs[label], CLOCKS[clock])
-            base = seconds if label == "pass" else base
-            found[label].seconds.append(seconds)
-            # Self-influence reads no queries: its floor is the same share of the pass.
-            found[label].ratios.append(seconds / (base * share if label == "self_influence" else base))
-    for label, seconds in slow.items():
-        found[label].seconds, found[label].ratios = [seconds], [seconds / found["pass"].second]
-        found[label].note = "run once"
-    for label, error in errors(workload, results).items():
-        found.setdefault(label, Measured(label, note="a few rows, for its error alone")).error = error
-    case = workload.case
+    case, start = case_of(name), time.perf_counter()
+    chosen = labels(label for label in wanted if case.runs(label))
+    settings = replace(settings, patience=settings.patience or case.patience)
+    found: dict[str, Measured] = {}
+    processes: dict[str, Process] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        workload = made(name, case, Path(folder), settings.data)
+        try:
+            for label in chosen:
+                process = processes[label] = Process(label, name, Path(folder), settings)
+                found[label], again = first_run(process, label, settings)
+                if not again:
+                    processes.pop(label).close()
+            say(
+                f"{name}: first runs {time.perf_counter() - start:.0f} s; then rounds of {', '.join(processes)}"
+            )
+            share = case.rows / (case.rows + case.queries)
+            rounds_of(processes, found, settings.rounds, share, say)
+        finally:
+            for process in processes.values():
+                process.close()
     return Result(
-        name=workload.name,
+        name=name,
         title=case.title,
         parameters=workload.parameters,
-        rows=len(workload.train[0]),
-        queries=len(workload.queries[0]),
-        checkpoints=len(workload.trajectory),
+        rows=case.rows,
+        queries=case.queries,
+        checkpoints=case.checkpoints,
         batch=case.batch,
-        machine=machine(threads, clock),
+        machine=machine(settings.threads, settings.clock),
         methods=list(found.values()),
     )

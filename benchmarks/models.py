@@ -8,15 +8,15 @@ from torch import Tensor, nn
 __all__ = ["GPT", "ResNet", "cnn", "mlp"]
 
 
-def mlp() -> nn.Module:
-    """784-256-64-10 with biases, 218,058 parameters."""
+def mlp(width: int = 256) -> nn.Module:
+    """784-width-width/4-10 with biases; 784-256-64-10 has 218,058 parameters."""
     return nn.Sequential(
         nn.Flatten(),
-        nn.Linear(784, 256),
+        nn.Linear(784, width),
         nn.ReLU(),
-        nn.Linear(256, 64),
+        nn.Linear(width, width // 4),
         nn.ReLU(),
-        nn.Linear(64, 10),
+        nn.Linear(width // 4, 10),
     )
 
 

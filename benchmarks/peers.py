@@ -1,4 +1,4 @@
-"""The floor and what others offer, each on the workload's own rows and checkpoint files.
+"""The floor, the judge, and what anyone writes with torch alone, on the workload's own rows and checkpoint files.
 
 Every function returns scores [q, n] of the same definition, Σ_c η_c ⟨g_c(z), g_c(z')⟩, but for ``plain_pass``, which
 is the work that any gradient method has to do, and ``reference``, the judge.
@@ -7,7 +7,6 @@ is the work that any gradient method has to do, and ``reference``, the judge.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,9 @@ import torch
 from safetensors.torch import load_model
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
-from torch.utils.data import TensorDataset
 from workloads import Rows, Workload, batches
 
-__all__ = ["captum_exact", "captum_fast", "plain_pass", "reference", "vmap_scores"]
+__all__ = ["Call", "plain_pass", "rates", "reference", "vmap_scores"]
 
 
 def rates(workload: Workload) -> list[float]:
@@ -55,7 +53,7 @@ def vmap_scores(workload: Workload) -> Tensor:
 
     def loss(parameters: dict[str, Tensor], buffers: dict[str, Tensor], row: Rows) -> Tensor:
         one = tuple(leaf[None] for leaf in row)
-        wrapped = _Call(model, {**parameters, **buffers})
+        wrapped = Call(model, {**parameters, **buffers})
         return case.loss(wrapped, one)[0]
 
     per_row = vmap(grad(loss), in_dims=(None, None, 0))
@@ -74,7 +72,7 @@ def vmap_scores(workload: Workload) -> Tensor:
     return total
 
 
-class _Call:
+class Call:
     """The model with other parameters, called as the loss calls a model."""
 
     def __init__(self, model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -86,57 +84,6 @@ class _Call:
 
 def _flat(gradients: dict[str, Tensor]) -> Tensor:
     return torch.cat([gradient.flatten(1) for gradient in gradients.values()], 1)
-
-
-class _CaptumLoss:
-    """The workload's loss on (outputs, targets), as captum calls it: per row, or summed for its fast mode."""
-
-    def __init__(self, workload: Workload, reduction: str) -> None:
-        self.loss, self.reduction = workload.case.loss, reduction
-
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        losses = self.loss(lambda _: outputs, (None, targets))
-        return losses.sum() if self.reduction == "sum" else losses
-
-
-def _captum(workload: Workload, train: Rows, queries: Rows, *, fast: bool) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from captum.influence import TracInCP  # noqa: PLC0415 - its imports warn, and only this needs it
-
-        method = TracInCP(
-            copy.deepcopy(workload.model),
-            TensorDataset(*train),
-            [str(checkpoint.path) for checkpoint in workload.trajectory],
-            checkpoints_load_func=_Loader(workload),
-            loss_fn=_CaptumLoss(workload, "sum" if fast else "none"),
-            batch_size=workload.case.batch,
-            sample_wise_grads_per_batch=fast,
-        )
-        return method.influence(queries).detach()
-
-
-class _Loader:
-    def __init__(self, workload: Workload) -> None:
-        self.rates = {str(c.path): rate for c, rate in zip(workload.trajectory, rates(workload), strict=True)}
-
-    def __call__(self, model: nn.Module, path: str) -> float:
-        load_model(model, path)
-        return self.rates[path]
-
-
-def captum_fast(workload: Workload) -> Tensor:
-    """Captum's per-sample mode, on all rows."""
-    return _captum(workload, workload.train, workload.queries, fast=True)
-
-
-def captum_exact(workload: Workload, rows: Sequence[int], queries: Sequence[int]) -> Tensor:
-    """Captum's slow exact path, on a few rows: for its error alone."""
-    few = [
-        tuple(leaf[list(at)] for leaf in side)
-        for side, at in ((workload.train, rows), (workload.queries, queries))
-    ]
-    return _captum(workload, few[0], few[1], fast=False)
 
 
 def reference(workload: Workload, rows: Sequence[int], queries: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,17 @@
-"""``make bench``: our methods, vmap and captum beside one plain forward and backward pass over the same rows.
+"""``make bench``: our methods and other libraries beside one plain forward and backward pass over the same rows.
 
-    python benchmarks/run.py                       all models: a table, and one JSON file per model
+    python benchmarks/run.py                       all workloads: a table, and one JSON file per workload
     python benchmarks/run.py --models mlp cnn      some of them
     python benchmarks/run.py --only influence      ours alone, beside the plain pass
-    python benchmarks/run.py --profile cnn         where our time goes
-    python benchmarks/run.py --write-docs          also write docs/results/speed.md
+    python benchmarks/run.py --write-docs          write docs/results/speed.md from the JSON files, after measuring
+    python benchmarks/run.py --rounds 0 --write-docs    the same from the files that are there
+    python benchmarks/run.py --profile cnn         where our time goes, and what of it no exact method could save
+    python benchmarks/run.py --profile all --write-docs    docs/results/speed-profile.md
     python benchmarks/run.py --threads 1 --clock cpu    where others use the cores: two threads that wait for
                                                    each other make wall times erratic there
 
-Each model is measured in a process of its own, so that none inherits another's memory or caches.
+Each method runs in a process of its own, started with the Python of ``--python`` (this one): it is the environment that
+needs the other libraries, ``make bench`` makes one. A library that is not there, or fails, is listed with the reason.
 """
 
 from __future__ import annotations
@@ -19,95 +22,91 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
-from measure import Result, measure
-from stages import profile
+from measure import CLOCKS, OURS, PEERS, Result, Settings, measure
+from profiles import markdown as profile_page
+from profiles import profiled
 from table import lines, markdown
-from workloads import FASHION, build
+from workloads import FASHION, FIRST, NAMES, build
 
 HERE = Path(__file__).resolve().parent
-MODELS = ("mlp", "cnn", "resnet", "gpt")
-METHODS = ("influence", "top_k", "self_influence", "vmap", "captum")
+DOCS = HERE.parent / "docs" / "results"
+METHODS = (*OURS, *PEERS)
 
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Speed as ratios to one plain pass.")
     parser.add_argument(
-        "--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL", help=", ".join(MODELS)
+        "--models", nargs="+", choices=NAMES, default=list(NAMES), metavar="MODEL", help=", ".join(NAMES)
     )
     parser.add_argument(
         "--only", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=", ".join(METHODS)
     )
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (2)")
-    parser.add_argument("--rounds", type=int, default=7, help="counted rounds after the warm-up (7)")
+    parser.add_argument("--rounds", type=int, default=5, help="counted rounds after the first run (5)")
     parser.add_argument(
-        "--patience", type=float, default=10.0, help="a peer slower than this many seconds runs once (10)"
+        "--patience", type=float, help="a peer slower than this many seconds runs once (8 to 12)"
     )
     parser.add_argument(
-        "--clock", choices=("wall", "cpu"), default="wall", help="cpu, with --threads 1: for a busy machine"
+        "--limit", type=float, default=150.0, help="a peer is given up after this many seconds (150)"
     )
-    parser.add_argument("--data", type=Path, help="folder of Fashion-MNIST's idx files (Debian's place)")
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="cpu, with --threads 1: for a busy machine"
+    )
+    parser.add_argument(
+        "--python", default=sys.executable, help="the Python that runs the methods (this one)"
+    )
+    parser.add_argument("--data", type=Path, default=FASHION, help="folder of Fashion-MNIST's idx files")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the JSON files")
-    parser.add_argument("--write-docs", action="store_true", help="write docs/results/speed.md")
     parser.add_argument(
-        "--profile",
-        choices=MODELS,
-        metavar="MODEL",
-        help="print our stages for one model, measure nothing else",
+        "--write-docs", action="store_true", help="write docs/results/speed.md, or speed-profile.md"
     )
     parser.add_argument(
-        "--verb", choices=METHODS[:3], default="influence", help="what to profile (influence)"
+        "--profile", choices=("all", *NAMES), metavar="MODEL", help="our stages for a model, or for all four"
     )
-    parser.add_argument("--inside", choices=MODELS, help=argparse.SUPPRESS)
+    parser.add_argument("--verb", choices=OURS, default="influence", help="what to profile (influence)")
+    parser.add_argument("--inside", choices=NAMES, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def command(options: argparse.Namespace) -> list[str]:
-    """The arguments that made a result, without the machine's folders."""
-    return [
-        "--threads", str(options.threads), "--rounds", str(options.rounds), "--patience", str(options.patience),
-        "--clock", options.clock,
-        "--only", *options.only,
-    ]  # fmt: skip
+def command(options: argparse.Namespace, name: str) -> str:
+    """The command that makes a result again, without the machine's folders."""
+    words = [
+        "python",
+        "benchmarks/run.py",
+        "--models",
+        name,
+        "--threads",
+        options.threads,
+        "--rounds",
+        options.rounds,
+    ]
+    words += ["--clock", options.clock, "--only", *options.only]
+    return " ".join(map(str, words))
 
 
-def data_option(options: argparse.Namespace) -> list[str]:
-    return [] if options.data is None else ["--data", str(options.data)]
-
-
-def inside(options: argparse.Namespace) -> None:
-    """Measure or profile one model in this process."""
-    torch.set_num_threads(options.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        workload = build(options.inside, Path(folder), options.data or FASHION)
-        if options.profile:
-            print("\n".join(profile(workload, options.verb, options.rounds, options.clock)))
-            return
-        result = measure(
-            workload,
-            rounds=options.rounds,
-            patience=options.patience,
-            threads=options.threads,
-            wanted=frozenset(options.only),
-            clock=options.clock,
-        )
-    words = ["python", "benchmarks/run.py", "--models", options.inside, *command(options)]
-    text = json.dumps({**result.as_json(), "command": " ".join(words)}, indent=2)
+def measured(options: argparse.Namespace) -> None:
+    """Measure each workload and keep it."""
+    settings = Settings(
+        options.python,
+        options.threads,
+        options.rounds,
+        options.patience,
+        options.limit,
+        options.clock,
+        options.data,
+    )
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"{options.inside}.json").write_text(text + "\n")
-
-
-def apart(options: argparse.Namespace, name: str) -> None:
-    """Run ``inside`` in a fresh process with its thread count set before torch starts."""
-    words = [sys.executable, str(HERE / "run.py"), "--inside", name, *command(options), *data_option(options)]
-    words += ["--out", str(options.out), "--verb", options.verb]
-    words += ["--profile", name] if options.profile else []
-    threads = {"OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads)}
-    done = subprocess.run(words, env={**os.environ, **threads}, check=False)
-    if done.returncode:
-        raise SystemExit(done.returncode)
+    for name in options.models:
+        start = time.perf_counter()
+        result = measure(name, options.only, settings, lambda text: print(text, file=sys.stderr, flush=True))
+        text = json.dumps({**result.as_json(), "command": command(options, name)}, indent=2)
+        (options.out / f"{name}.json").write_text(text + "\n")
+        print("\n".join(lines(result)), end="\n\n", flush=True)
+        print(f"{name}: {time.perf_counter() - start:.0f} s in all", file=sys.stderr, flush=True)
 
 
 def collected(folder: Path, names: tuple[str, ...] | list[str]) -> list[Result]:
@@ -122,22 +121,49 @@ def collected(folder: Path, names: tuple[str, ...] | list[str]) -> list[Result]:
     return found
 
 
+def profile_here(options: argparse.Namespace) -> None:
+    """Profile one model in this process, as JSON on standard output."""
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        workload = build(options.inside, Path(folder), options.data)
+        print(json.dumps(profiled(workload, options.verb, max(1, options.rounds), options.clock)))
+
+
+def profile_apart(options: argparse.Namespace, name: str) -> dict:
+    """The same in a fresh process with its thread count set before torch starts."""
+    words = [options.python, str(HERE / "run.py"), "--inside", name, "--verb", options.verb]
+    words += ["--rounds", str(options.rounds), "--threads", str(options.threads), "--clock", options.clock]
+    threads = {"OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads)}
+    words += ["--data", str(options.data)]
+    done = subprocess.run(
+        words, env={**os.environ, **threads}, check=False, stdout=subprocess.PIPE, text=True
+    )
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def profiles(options: argparse.Namespace) -> None:
+    found = []
+    for name in FIRST if options.profile == "all" else [options.profile]:
+        found.append(profile_apart(options, name))
+        print("\n".join(found[-1]["lines"]), end="\n\n", flush=True)
+    if options.write_docs:
+        (DOCS / "speed-profile.md").write_text(profile_page(found))
+
+
 def main() -> None:
     options = parsed()
     if options.inside:
-        inside(options)
-        return
-    if options.profile:
-        apart(options, options.profile)
-        return
-    for name in options.models:
-        apart(options, name)
-        for result in collected(options.out, [name]):
-            print("\n".join(lines(result)), end="\n\n", flush=True)
-    if options.write_docs:
-        page = HERE.parent / "docs" / "results" / "speed.md"
-        page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(markdown(collected(options.out, MODELS)))
+        profile_here(options)
+    elif options.profile:
+        profiles(options)
+    else:
+        if options.rounds:
+            measured(options)
+        if options.write_docs:
+            DOCS.mkdir(parents=True, exist_ok=True)
+            (DOCS / "speed.md").write_text(markdown(collected(options.out, NAMES)))
 
 
 if __name__ == "__main__":

@@ -102,8 +102,11 @@ def stages(places: Mapping[str, Sequence[str]], now: Callable[[], float]) -> Ite
             setattr(holder, name, function)
 
 
-def profile(workload: Workload, verb: str, rounds: int, clock: str) -> list[str]:
-    """The stages of one verb, medians over rounds, as lines to print.
+Listed = list[tuple[str, int, float]]
+
+
+def profile(workload: Workload, verb: str, rounds: int, clock: str) -> dict[str, Any]:
+    """The stages of one verb and of the plain pass, medians over rounds.
 
     Args:
         workload: Model, rows and checkpoints.
@@ -112,7 +115,7 @@ def profile(workload: Workload, verb: str, rounds: int, clock: str) -> list[str]
         clock: ``"wall"`` or ``"cpu"``.
 
     Returns:
-        The lines.
+        ``pass`` and ``total`` in seconds; ``plain`` and ``stages``: (name, calls, seconds), the longest first.
     """
     method, now = ours(workload), CLOCKS[clock]
     sides = (workload.train,) if verb == "self_influence" else (workload.train, workload.queries)
@@ -131,26 +134,22 @@ def profile(workload: Workload, verb: str, rounds: int, clock: str) -> list[str]
             totals.append(timed(run, now)[0])
         clocks.append(found)
     floor, total = statistics.median(passes), statistics.median(totals)
-    head = (
-        f"{workload.case.title}, {verb}: {total:.3f} s, plain pass {floor:.3f} s, ratio {total / floor:.2f}"
-    )
-    return [
-        f"{head} ({rounds} rounds, {clock} seconds)",
-        *_listed("stages of the plain pass", plain, PLAIN, floor, floor),
-        *_listed(f"stages of {verb}", clocks, STAGES, total, floor),
-    ]
+    return {
+        "pass": floor,
+        "total": total,
+        "ratio": statistics.median(one / base for one, base in zip(totals, passes, strict=True)),
+        "plain": _listed(plain, PLAIN, floor),
+        "stages": _listed(clocks, STAGES, total),
+    }
 
 
-def _listed(
-    title: str, clocks: Sequence[Clock], places: Mapping[str, Any], total: float, floor: float
-) -> list[str]:
-    """One line per stage, the longest first."""
+def _listed(clocks: Sequence[Clock], places: Mapping[str, Any], total: float) -> Listed:
+    """One entry per stage, the longest first."""
     seconds = {stage: statistics.median(clock.seconds[stage] for clock in clocks) for stage in places}
     calls = clocks[-1].calls
     seconds["everything else"] = max(0.0, total - sum(seconds.values()))
-    lines = [f"  {title:32} {'calls':>6} {'seconds':>8} {'ms/call':>8} {'× pass':>7}"]
-    for stage, spent in sorted(seconds.items(), key=lambda item: -item[1]):
-        if calls[stage] or stage == "everything else":
-            each = f"{1000 * spent / calls[stage]:8.2f}" if calls[stage] else " " * 8
-            lines.append(f"  {stage:32} {calls[stage]:6d} {spent:8.3f} {each} {spent / floor:7.3f}")
-    return lines
+    return [
+        (stage, calls[stage], spent)
+        for stage, spent in sorted(seconds.items(), key=lambda item: -item[1])
+        if calls[stage] or stage == "everything else"
+    ]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from measure import Measured, Result
+from measure import PEERS, Measured, Result
 
-__all__ = ["lines", "markdown"]
+__all__ = ["LABELS", "MIB", "lines", "machine_line_of", "markdown"]
 
 LABELS = {
     "pass": "one plain pass",
@@ -16,17 +17,26 @@ LABELS = {
     "vmap": "vmap(grad) + matmul",
     "captum": "captum TracInCP, per-sample mode",
     "captum_exact": "captum TracInCP, slow exact path",
+    "dattri": "dattri TracInAttributor",
+    "dattri_llm": "dattri-llm TracInAttributor",
+    "kronfluence": "kronfluence, no curvature",
 }
-HEADINGS = ("method", "seconds", "× pass", "range", "rounds", "error")
+HEADINGS = ("method", "seconds", "× pass", "range", "rounds", "peak MiB", "error")
+# Float32 sums differ by 1e-6 or so; what is off by more than this leaves something out.
+WRONG = 1e-4
+MIB = 1 << 20
 
 
 def cells(method: Measured) -> tuple[str, ...]:
     label, error = LABELS[method.label], "" if method.error is None else f"{method.error:.1e}"
+    if method.error is not None and method.error > WRONG:
+        error += " (wrong)"
+    peak = "" if method.peak is None else f"{method.peak / MIB:,.0f}"
     if not method.seconds:
-        return label, "–", "–", "", "", error or method.note
+        return label, "–", "–", "", "", peak, error or method.note
     low, high = min(method.ratios), max(method.ratios)
     spread = f"{low:.2f}–{high:.2f}" if len(method.ratios) > 1 else ""
-    return label, f"{method.second:.3f}", f"{method.ratio:.2f}", spread, str(len(method.seconds)), error
+    return label, f"{method.second:.3f}", f"{method.ratio:.2f}", spread, str(len(method.seconds)), peak, error
 
 
 def heading(result: Result) -> str:
@@ -52,23 +62,32 @@ def lines(result: Result) -> list[str]:
 
 INTRODUCTION = """# Speed
 
-`make bench` writes the numbers, and `python benchmarks/run.py --write-docs` this page. Each is the median over rounds in
-which every method ran once, in turn, in one process; the ratio is to the plain pass **of the same round**, and the range is
-the smallest and the largest of these ratios.
+`make bench` writes the numbers, and `python benchmarks/run.py --write-docs` this page.
 
+- **How it is measured**: each method has a process of its own on the same rows, checkpoint files and number of threads. It
+  runs once, which gives its peak and its error; then the processes take turns, round by round. In its turn a process runs
+  one plain pass and then the method. A ratio is that of these two neighbours, and the table has the median over the rounds
+  and the smallest and largest. A peer slower than the patience of the run is measured by its first run alone.
 - **One plain pass**: load each checkpoint; forward and backward with the parameters' gradients, over all train and query
   rows, in batches of the size given. A method that uses gradients needs at least this, up to the weight gradients, which
-  factored products never form. The peers read the same batches; `tracin` chooses its own (`batch_size="auto"`): up
-  to 512 rows on the MLP, about the size given on the others.
+  factored products never form. The peers read the same batches; `tracin` chooses its own (`batch_size="auto"`).
+- **Peak**: the largest resident memory during the first run, above what the process held just before it, with imports, rows
+  and the model in place.
 - **Error**: max |Δ| / max |score| against autograd in float64, one row at a time, on 8 train rows × 4 queries over all
-  checkpoints; for `top_k` on the list of one query, for `self_influence` on the 8 rows. Float32 allows about 1e-6.
+  checkpoints; for `top_k` on the list of one query, for `self_influence` on the 8 rows. Float32 allows about 1e-6; more
+  than 1e-4 is marked wrong.
 - `self_influence` reads no queries: its floor is the pass over the train rows alone.
-- A peer slower than the patience of the run is timed once; its ratio is to the median pass.
+
+How the others are set up: captum in its faster mode, and its slow path on a few rows for its error; dattri with its
+projection off, all queries in one batch; dattri-llm with its factorized hooks on every layer that takes them, the learning
+rates put into the train loss; kronfluence with the identity for its curvature and all queries held at once. The versions are
+those that `benchmarks/peers.txt` pins. What makes some of them wrong here: captum's per-sample mode and kronfluence trace
+linear layers and convolutions alone, dattri-llm no BatchNorm, and to none of the three is a weight that two layers share one
+parameter.
 """
 
 
-def machine_line(result: Result) -> str:
-    facts = result.machine
+def machine_line_of(facts: dict[str, Any]) -> str:
     return (
         f"{facts['threads']} thread{'s' if facts['threads'] != 1 else ''} of {facts['cpus']} CPUs "
         f"({facts['processor']}, {facts['vectors']}), {facts['clock']} seconds, {facts['system']}, "
@@ -76,16 +95,62 @@ def machine_line(result: Result) -> str:
     )
 
 
+def times(number: float) -> str:
+    return f"{number:.2f}" if number < 10 else f"{number:.0f}"
+
+
+def dagger(method: Measured) -> str:
+    return " †" if method.error is not None and method.error > WRONG else ""
+
+
+def short(method: Measured | None) -> str:
+    """One cell of the summary: the ratio, or why there is none."""
+    if method is None:
+        return ""
+    if not method.ratios:
+        return "fails"
+    return times(method.ratio) + dagger(method)
+
+
+def summary(results: Sequence[Result]) -> list[str]:
+    """All workloads in one table of ratios, then how much faster ours is."""
+    names = [
+        f"{result.name}<br>{result.rows:,} × {result.queries} × {result.checkpoints}" for result in results
+    ]
+    out = ["| × one plain pass | " + " | ".join(names) + " |", "|---|" + "---:|" * len(results)]
+    for label, words in LABELS.items():
+        found = [result.method(label) for result in results]
+        if label not in {"pass", "captum_exact"} and any(found):
+            out.append(f"| {words} | " + " | ".join(map(short, found)) + " |")
+    out += ["", "† wrong: the error is above 1e-4. Sizes are rows × queries × checkpoints.", ""]
+    for result in results:
+        mine = result.method("influence")
+        others = [peer for label in PEERS if (peer := result.method(label)) and peer.ratios]
+        if mine and mine.ratios and others:
+            told = ", ".join(
+                f"{times(peer.ratio / mine.ratio)}× as fast as {LABELS[peer.label]}{dagger(peer)}"
+                for peer in others
+            )
+            out.append(f"- {result.name}: `influence` is {told}.")
+    return out
+
+
+def reasons(result: Result) -> str:
+    """What could not be measured, and why."""
+    failed = [f"{LABELS[m.label]}: {m.note}" for m in result.methods if not m.seconds and m.error is None]
+    return "".join(f"\n- Not measured: {line}" for line in failed) + ("\n" if failed else "")
+
+
 def markdown(results: Sequence[Result]) -> str:
     """The page of the documentation."""
-    parts = [INTRODUCTION]
+    parts = [INTRODUCTION, "\n".join(["## All in one table", "", *summary(results), ""])]
     for result in results:
         rows = ["| " + " | ".join(HEADINGS) + " |", "|---|" + "---:|" * (len(HEADINGS) - 1)]
         rows += ["| " + " | ".join(cells(method)) + " |" for method in result.methods]
         title, sizes = heading(result).split(": ", 1)
         parts.append(
-            f"## {title}\n\n{sizes[0].upper()}{sizes[1:]}.\n\n"
+            f"## {title}\n\n`{result.name}`: {sizes}.\n\n"
             + "\n".join(rows)
-            + f"\n\n{machine_line(result)}\n"
+            + f"\n{reasons(result)}\n{machine_line_of(result.machine)}\n"
         )
     return "\n".join(parts)

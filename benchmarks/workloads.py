@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import tracin
 
-__all__ = ["NAMES", "Case", "Workload", "batches", "build"]
+__all__ = ["CASES", "FIRST", "NAMES", "Case", "Workload", "batches", "build", "case_of", "made", "opened"]
 
 Rows = tuple[Tensor, Tensor]
 
@@ -38,6 +38,13 @@ class Case:
     checkpoints: int
     rate: float
     pictures: bool
+    length: int = 64
+    methods: tuple[str, ...] = ()
+    patience: float = 8.0
+
+    def runs(self, method: str) -> bool:
+        """Whether this workload measures the method: all of them, unless it names some."""
+        return not self.methods or method in self.methods
 
 
 @dataclass(frozen=True)
@@ -71,14 +78,57 @@ def token_loss(model: nn.Module, batch: Rows) -> Tensor:
 
 VOCABULARY, LENGTH = 1000, 64
 GPT_SHAPE = partial(GPT, vocabulary=VOCABULARY, length=LENGTH, width=128, layers=4, heads=4)
+GPT_WIDE = partial(GPT, vocabulary=VOCABULARY, length=128, width=256, layers=4, heads=4)
 ENTROPY = tracin.losses.cross_entropy
 CASES = {
     "mlp": Case("MLP 784-256-64-10", mlp, ENTROPY, 2000, 100, 100, 3, 0.1, True),
     "cnn": Case("CNN, two conv and two linear layers", cnn, ENTROPY, 2000, 100, 100, 3, 0.1, True),
     "resnet": Case("ResNet with BatchNorm in eval", ResNet, ENTROPY, 2000, 100, 100, 3, 0.05, True),
     "gpt": Case("GPT-2 shape, 64 tokens, tied", GPT_SHAPE, token_loss, 256, 16, 16, 3, 0.002, False),
+    "mlp-large": Case("MLP, more rows", mlp, ENTROPY, 5000, 200, 100, 3, 0.1, True),
+    "cnn-large": Case("CNN, more rows", cnn, ENTROPY, 5000, 200, 100, 3, 0.1, True),
+    "resnet-large": Case(
+        "ResNet, more rows",
+        ResNet,
+        ENTROPY,
+        5000,
+        200,
+        100,
+        3,
+        0.05,
+        True,
+        methods=("influence", "self_influence"),
+    ),
+    "gpt-wide": Case(
+        "GPT-2 shape, 4 × 256, 128 tokens, tied",
+        GPT_WIDE,
+        token_loss,
+        256,
+        16,
+        16,
+        1,
+        0.002,
+        False,
+        128,
+        ("influence", "vmap", "captum", "dattri", "dattri_llm", "kronfluence"),
+        12.0,
+    ),
 }
 NAMES = tuple(CASES)
+FIRST = NAMES[:4]
+
+
+def case_of(text: str) -> Case:
+    """``"cnn"``, or with other sizes: ``"cnn:rows=500,checkpoints=1"``, ``"mlp:width=1024"``, ``"gpt:length=32"``."""
+    name, _, rest = text.partition(":")
+    changes = {key: int(value) for key, _, value in (item.partition("=") for item in rest.split(",") if item)}
+    case, width = CASES[name], changes.pop("width", None)
+    if "length" in changes or (width and not case.pictures):
+        shape = {"length": changes.get("length", case.length), "width": width or 128}
+        changes["model"] = partial(GPT, vocabulary=VOCABULARY, layers=4, heads=4, **shape)
+    elif width:  # of the MLP alone
+        changes["model"] = partial(mlp, width)
+    return replace(case, **changes)
 
 
 def read_idx(path: Path, dims: int) -> Tensor:
@@ -98,9 +148,9 @@ def fashion(folder: Path, split: str, n: int) -> Rows:
     return (pictures - 0.286) / 0.353, read_idx(labels, 1)[:n].long()
 
 
-def random_tokens(n: int, seed: int) -> Rows:
+def random_tokens(n: int, length: int, seed: int) -> Rows:
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(0, VOCABULARY, (n, LENGTH + 1), generator=generator)
+    drawn = torch.randint(0, VOCABULARY, (n, length + 1), generator=generator)
     return drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()
 
 
@@ -124,6 +174,30 @@ def train(case: Case, model: nn.Module, rows: Rows, folder: Path) -> tracin.Traj
         return recorder.trajectory()
 
 
+def rows_of(case: Case, data: Path) -> tuple[Rows, Rows]:
+    """Train rows and queries."""
+    if case.pictures:
+        return fashion(data, "train", case.rows), fashion(data, "t10k", case.queries)
+    return random_tokens(case.rows, case.length, 1), random_tokens(case.queries, case.length, 2)
+
+
+def made(name: str, case: Case, folder: Path, data: Path = FASHION) -> Workload:
+    """Read the rows, train the model, and save its checkpoints in ``folder``."""
+    rows, queries = rows_of(case, data)
+    torch.manual_seed(0)
+    model = case.model()
+    trajectory = train(case, model, rows, folder)
+    model.zero_grad()
+    return Workload(name, case, model.eval(), rows, queries, trajectory)
+
+
+def opened(name: str, case: Case, folder: Path, data: Path = FASHION) -> Workload:
+    """The workload whose checkpoints ``made`` left in ``folder``."""
+    rows, queries = rows_of(case, data)
+    torch.manual_seed(0)
+    return Workload(name, case, case.model().eval(), rows, queries, tracin.Trajectory.from_folder(folder))
+
+
 def build(name: str, folder: Path, data: Path = FASHION) -> Workload:
     """Read the rows, train the model, and save its checkpoints.
 
@@ -135,13 +209,4 @@ def build(name: str, folder: Path, data: Path = FASHION) -> Workload:
     Returns:
         The workload, its model in eval mode.
     """
-    case = CASES[name]
-    if case.pictures:
-        rows, queries = fashion(data, "train", case.rows), fashion(data, "t10k", case.queries)
-    else:
-        rows, queries = random_tokens(case.rows, 1), random_tokens(case.queries, 2)
-    torch.manual_seed(0)
-    model = case.model()
-    trajectory = train(case, model, rows, folder)
-    model.zero_grad()
-    return Workload(name, case, model.eval(), rows, queries, trajectory)
+    return made(name, CASES[name], folder, data)

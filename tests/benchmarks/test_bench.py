@@ -141,7 +141,7 @@ def test_the_growth_page_tells_the_power(tmp_path: Path) -> None:
     kept = {"curves": {"n": {"base": base, "peer": "vmap", "points": points}}, "rounds": 1}
     kept["machine"] = measure.machine(1, "wall")
     page = growth.page(kept)
-    assert "time with the power 1.00 and memory with the power 0.00" in page
+    assert "the time of `influence` grows with the power 1.00, its memory with the power 0.00" in page
     assert "- vmap(grad) + matmul at 200: not done after 40 s" in page
     growth.draw("n", kept, tmp_path / "growth.png")
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,169 @@
+"""Where our time goes beside the plain pass, and what of it no exact method could save: as lines and as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from floor import Layer, floor
+from measure import CLOCKS, machine
+from stages import Listed, profile
+from workloads import Workload
+
+__all__ = ["markdown", "profiled"]
+
+AIMS = {"influence": {"gpt": 1.4}, "self_influence": dict.fromkeys(("mlp", "cnn", "resnet", "gpt"), 1.25)}
+AIM = 1.3
+
+
+def profiled(workload: Workload, verb: str, rounds: int, clock: str) -> dict[str, Any]:
+    """Stages and floor of one workload, as plain values with ``lines`` for a terminal."""
+    found = profile(workload, verb, rounds, clock)
+    bound = floor(workload, rounds, CLOCKS[clock])
+    found |= {
+        "name": workload.name,
+        "title": workload.case.title,
+        "verb": verb,
+        "sizes": [len(workload.train[0]), len(workload.queries[0]), len(workload.trajectory)],
+        "rounds": rounds,
+        "machine": machine(torch.get_num_threads(), clock),
+        "floor_pass": bound["pass"],
+        "without": bound["without"],
+        "layers": [asdict(layer) for layer in bound["layers"]],
+    }
+    return found | {"lines": lines(found)}
+
+
+def limits(found: dict[str, Any]) -> dict[str, float]:
+    """The parts of the floor in passes, and their sum."""
+    unit, layers = found["floor_pass"], [Layer(**layer) for layer in found["layers"]]
+    parts = {
+        "without": found["without"] / unit,
+        "ordinary": max(0.0, 1 - found["without"] / unit),
+        "per_row": sum(layer.per_row for layer in layers) / unit,
+        "products": sum(layer.products for layer in layers) / unit
+        if found["verb"] != "self_influence"
+        else 0.0,
+    }
+    return parts | {"floor": parts["without"] + parts["per_row"] + parts["products"]}
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """For a terminal."""
+    head = (
+        f"{found['title']}, {found['verb']}: {found['total']:.3f} s, plain pass {found['pass']:.3f} s, "
+        f"ratio {found['ratio']:.2f} ({found['rounds']} rounds, {found['machine']['clock']} seconds)"
+    )
+    out = [head]
+    for title, listed in (
+        ("stages of the plain pass", found["plain"]),
+        (f"stages of {found['verb']}", found["stages"]),
+    ):
+        out.append(f"  {title:32} {'calls':>6} {'seconds':>8} {'ms/call':>8} {'× pass':>7}")
+        for stage, calls, spent in listed:
+            each = f"{1000 * spent / calls:8.2f}" if calls else " " * 8
+            out.append(f"  {stage:32} {calls:6d} {spent:8.3f} {each} {spent / found['pass']:7.3f}")
+    return [*out, *(f"  {part}" for part in told(found))]
+
+
+def told(found: dict[str, Any]) -> list[str]:
+    """What the floor is, in sentences."""
+    parts, ratio = limits(found), found["ratio"]
+    aim = AIMS.get(found["verb"], {}).get(found["name"], AIM)
+    layers = [Layer(**layer) for layer in found["layers"]]
+    dear = sorted(layers, key=lambda layer: layer.ordinary - layer.per_row - layer.products)[:2]
+    apart = "; ".join(
+        f"`{layer.name}` ({layer.what}) {(layer.per_row + layer.products) / found['floor_pass']:.2f} by its {layer.way}, "
+        f"where the ordinary gradient takes {layer.ordinary / found['floor_pass']:.2f}"
+        for layer in dear
+    )
+    forward = next((spent for stage, _, spent in found["plain"] if stage == "forward"), 0.0) / found["pass"]
+    ours = {stage: spent / found["pass"] for stage, _, spent in found["stages"]}
+    gradients = sum(
+        spent for stage, spent in ours.items() if stage.startswith("blocks") or stage in {"norms", "products"}
+    )
+    shared = sum(ours.get(stage, 0.0) for stage in ("forward", "backward to the outputs"))
+    rest = ratio - gradients - shared
+    verdict = (
+        f"The aim of {aim} is met."
+        if ratio <= aim
+        else f"The aim of {aim} is below this floor: only a cheaper kernel than those measured here could reach it."
+        if parts["floor"] > aim
+        else f"The aim of {aim} is missed by {ratio - aim:.2f}, and is above this floor by {aim - parts['floor']:.2f}."
+    )
+    return [
+        (
+            f"Forward and backward without weight gradients take {parts['without']:.2f} of the pass ({forward:.2f} of it the "
+            f"forward): the ordinary weight gradients are the other {parts['ordinary']:.2f}."
+        ),
+        (
+            f"The cheapest known way to each row's gradient costs {parts['per_row']:.2f}, and the products with the queries "
+            f"{parts['products']:.2f}. The floor is {parts['floor']:.2f}; norm layers and embeddings are not counted in it."
+        ),
+        (
+            f"`{found['verb']}` took {ratio:.2f}: {shared:.2f} forward and backward, {gradients:.2f} gradients and products, "
+            f"and {rest:.2f} the check against autograd, loading, and everything else."
+        ),
+        f"Dearest beside the ordinary gradient: {apart}.",
+        verdict,
+    ]
+
+
+def table(title: str, listed: Listed, unit: float) -> list[str]:
+    out = [f"| {title} | calls | seconds | × pass |", "|---|---:|---:|---:|"]
+    return out + [
+        f"| {stage} | {calls or ''} | {spent:.3f} | {spent / unit:.3f} |" for stage, calls, spent in listed
+    ]
+
+
+def layer_table(found: dict[str, Any]) -> list[str]:
+    """The layers whose gradients cost most, in passes."""
+    unit, layers = found["floor_pass"], [Layer(**layer) for layer in found["layers"]]
+    layers.sort(key=lambda layer: -(layer.per_row + layer.products))
+    out = ["| layer | ordinary weight gradient | per row | products | way |", "|---|---:|---:|---:|---|"]
+    for layer in layers[:8]:
+        numbers = " | ".join(f"{part / unit:.3f}" for part in (layer.ordinary, layer.per_row, layer.products))
+        out.append(f"| `{layer.name}` {layer.what} | {numbers} | {layer.way} |")
+    if len(layers) > len(layers[:8]):
+        rest = layers[8:]
+        sums = " | ".join(
+            f"{sum(getattr(layer, part) for layer in rest) / unit:.3f}"
+            for part in ("ordinary", "per_row", "products")
+        )
+        out.append(f"| {len(rest)} more | {sums} | |")
+    return out
+
+
+INTRODUCTION = """# Where the time goes
+
+`python benchmarks/run.py --profile all --write-docs` writes this page. Each model's stages are clocked inside one process, in
+turns with the plain pass; a stage that calls another is not charged for it. The floor is measured in the same process with plain
+torch, apart from the library: the pass with every parameter frozen; each layer's weight gradient, ordinary and for
+each row, on one batch; and the matrix products with the queries. All numbers are medians; × pass is in units of one plain
+pass.
+"""
+
+
+def markdown(found: Sequence[dict[str, Any]]) -> str:
+    """The page of the documentation."""
+    parts = [INTRODUCTION]
+    for one in found:
+        n, m, checkpoints = one["sizes"]
+        facts = one["machine"]
+        head = f"{n:,} rows × {m} queries × {checkpoints} checkpoint{'s' if checkpoints != 1 else ''}"
+        where = (
+            f"{facts['threads']} threads of {facts['cpus']} CPUs ({facts['vectors']}), torch {facts['torch']}"
+        )
+        parts.append(
+            "\n".join([
+                f"## {one['title']}: `{one['verb']}`", "",
+                f"{head}, {one['rounds']} rounds, {where}: plain pass {one['pass']:.3f} s, ratio {one['ratio']:.2f}.", "",
+                " ".join(told(one)), "",
+                *table("stage of the plain pass", one["plain"], one["pass"]), "",
+                *table(f"stage of `{one['verb']}`", one["stages"], one["pass"]), "",
+                *layer_table(one), "",
+            ])
+        )  # fmt: skip
+    return "\n".join(parts)
