@@ -202,7 +202,8 @@ def page(found: dict[str, Any]) -> str:
     ]  # fmt: skip
     lines += [
         f"| {one['size']:,} | {one['dtype']} | {one['bytes'] / 2**20:,.0f} | {one['query_seconds']:.2f} |"
-        f" {one['memory'] / 2**20:,.0f} | {one['spearman']:.3f} | {100 * one['overlap']:.0f} % | {100 * one['reranked']:.0f} % | {one['auroc']:.3f} |"
+        f" {one['memory'] / 2**20:,.0f} | {one['spearman']:.3f} | {100 * one['overlap']:.0f} % |"
+        f" {100 * one['reranked']:.0f} % | {one['auroc']:.3f} |"
         for one in found["sizes"]
     ]
     lines += ["", *notes(found)]

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tracin.audit.score import flagged_by_doubt, flagged_by_size, rank_share, score_of
+from tracin.audit.score import flagged_by_doubt, flagged_by_size, rank_share, score_of, suspicions_of
+from tracin.audit.signals import Seen
 
 VALUES = st.floats(-5, 5).map(lambda value: round(value, 1))  # ties are common
 
@@ -15,7 +16,7 @@ VALUES = st.floats(-5, 5).map(lambda value: round(value, 1))  # ties are common
 @st.composite
 def signals(draw):
     n = draw(st.integers(1, 9))
-    names = ("aum", "doubt", "neighbour_agreement")[: draw(st.integers(1, 3))]
+    names = ("mean_loss", "doubt", "neighbour_agreement")[: draw(st.integers(1, 3))]
     listed = st.lists(VALUES, min_size=n, max_size=n)
     suspicions = {name: torch.tensor(draw(listed), dtype=torch.float64) for name in names}
     flagged = torch.tensor(draw(st.lists(st.booleans(), min_size=n, max_size=n)))
@@ -94,3 +95,12 @@ def test_the_rule_of_sizes_is_tukeys():
     assert f"{high + 3 * (high - low):.4g}" in cutoff.why
     far = torch.cat([torch.ones(20), torch.tensor([50.0])]).double()
     assert flagged_by_size(far, "losses")[0].nonzero().flatten().tolist() == [20]
+
+
+def test_higher_is_more_suspect_in_every_part():
+    values = torch.tensor([0.1, 0.7], dtype=torch.float64)
+    alone = Seen(loss=values, mean_loss=values + 1)
+    assert {name: part.tolist() for name, part in suspicions_of(alone).items()} == {"mean_loss": [1.1, 1.7]}
+    parts = suspicions_of(Seen(loss=values, mean_loss=values, doubt=values, neighbour_agreement=1 - values))
+    assert set(parts) == {"mean_loss", "doubt", "neighbour_agreement"}
+    assert all(bool(part[1] > part[0]) for part in parts.values())
