@@ -94,8 +94,8 @@ def markdown(results: list[dict[str, Any]], options: argparse.Namespace) -> str:
             "backward with the parameters' gradients over all of these rows at every checkpoint. Ratios are medians over "
             f"{options.rounds} rounds in one process, each to the pass of its round. The error: from the class means of all "
             "single scores, over the largest. *By arithmetic*: the pass's multiply-adds and those of each train row with each of "
-            "the 10 summed gradients, over the pass's; where the pass itself is little more than one product per parameter and row, "
-            "ten more cannot be had for a small part of it."
+            "the 10 summed gradients, over the pass's; where the pass itself is little more than one product per parameter and "
+            "row, ten more cannot be had for a small part of it."
         ),
         "",
         "| model | pass, s | `aggregate`, × pass | range | by arithmetic | `influence` on every row, × pass | error |",

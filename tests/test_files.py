@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import re
 from pathlib import Path
 
@@ -10,8 +12,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tracin.errors import CheckpointError, ResultError
-from tracin.files import atomic_path, read_layout, read_tensors, require_file, write_tensors, write_text
+from tracin.errors import CheckpointError, OptionError, ResultError
+from tracin.files import (
+    atomic_path,
+    csv_cell,
+    path_of,
+    read_layout,
+    read_tensors,
+    require_file,
+    write_csv,
+    write_tensors,
+    write_text,
+)
 
 
 def everything(folder: Path) -> list[str]:
@@ -131,6 +143,52 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(ResultError, match=r"cannot write .*a\.safetensors.*Choose a folder"):
         write_tensors(tmp_path / "file" / "a.safetensors", {}, {}, error=ResultError)
     assert everything(tmp_path) == ["file"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_what_is_no_regular_file_is_left_alone(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    (tmp_path / "folder").mkdir()
+    before = everything(tmp_path)
+    for name, fact in (("pipe", "a pipe"), ("link", "a pipe"), ("folder", "it is a folder")):
+        with pytest.raises(OSError, match=fact):
+            write_text(tmp_path / name, "text")
+        with pytest.raises(ResultError, match=f"cannot write .*{name}.*{fact}"):
+            write_tensors(tmp_path / name, {}, {}, error=ResultError)
+    assert everything(tmp_path) == before
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_link_to_a_file_or_to_nothing_is_replaced(tmp_path: Path) -> None:
+    write_text(tmp_path / "old", "old")
+    (tmp_path / "link").symlink_to("old")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for name in ("link", "dangling"):
+        write_text(tmp_path / name, "new")
+        assert (tmp_path / name).read_text() == "new"
+    assert (tmp_path / "old").read_text() == "old"
+
+
+@given(text=st.text(alphabet="'=+-@\t\ra1", max_size=5))
+def test_cells_that_begin_a_formula_come_back_without_an_apostrophe(text: str) -> None:
+    cell = csv_cell(text)
+    assert cell[:1] not in {"=", "+", "-", "@", "\t", "\r"}
+    changed = re.match(r"'+[=+\-@\t\r]", cell)
+    assert (cell[1:] if changed else cell) == text
+    assert bool(changed) == (text.lstrip("'")[:1] in {"=", "+", "-", "@", "\t", "\r"})
+
+
+def test_numbers_stay_numbers_in_csv() -> None:
+    text = io.StringIO(newline="")
+    write_csv(text, [{"a": -1.5, "b": "-1.5", "c": None, "d": True, "e": (3, 4)}])
+    assert text.getvalue() == "a,b,c,d,e\r\n-1.5,'-1.5,,True,3 4\r\n"
+
+
+@pytest.mark.parametrize(("value", "fact"), [(3, "export: path is a int"), ("a\0b", "no null character")])
+def test_what_is_no_path_is_named(value: object, fact: str) -> None:
+    with pytest.raises(OptionError, match=fact):
+        path_of(value, "export: path", OptionError)
 
 
 def test_files_have_the_mode_that_the_umask_allows(tmp_path: Path) -> None:

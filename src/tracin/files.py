@@ -1,13 +1,18 @@
-"""Files that are whole or absent: atomic writes, and tensors on disk whose errors name the file."""
+"""Files that are whole or absent: atomic writes, tables and tensors on disk whose errors name the file."""
 
 from __future__ import annotations
 
+import csv
+import errno
+import io
 import os
+import re
 import secrets
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -17,15 +22,19 @@ from tracin.errors import TracinError
 
 __all__ = [
     "atomic_path",
+    "csv_cell",
+    "path_of",
     "probe_folder",
     "read_layout",
     "read_tensors",
     "require_file",
+    "write_csv",
     "write_tensors",
     "write_text",
 ]
 
 PARTIAL = ".partial-"
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")
 
 
 @contextmanager
@@ -34,7 +43,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
     Yields a temporary name in the same folder, with the same suffix. When the block ends well, what was
     written there is flushed to the disk and takes the place of ``path`` in one move; when it raises (Ctrl-C
-    too), the temporary file is removed and an older ``path`` stays as it was. A missing folder is made.
+    too), the temporary file is removed and an older ``path`` stays as it was. A missing folder is made. What is there
+    and no regular file, such as a device or a pipe, is refused with an ``OSError``: the move would put a file in its place.
 
     Args:
         path: The file to write.
@@ -53,6 +63,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         (False, 'train,score')
     """
     path = Path(path)
+    _refuse_special(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{PARTIAL}{secrets.token_hex(8)}{path.suffix}")
     try:
@@ -69,6 +80,40 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
     if hasattr(os, "O_DIRECTORY"):  # Windows cannot open a folder
         _flush(path.parent)
+
+
+def _refuse_special(path: Path) -> None:
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):  # nothing is there, or making its folder will say why not
+        return
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder: give the name of a file", str(path))
+    if not stat.S_ISREG(mode):
+        raise FileExistsError(
+            errno.EEXIST,
+            "it is a device, a pipe or a socket, and a file would take its place: give another name",
+            str(path),
+        )
+
+
+def path_of(value: Any, name: str, error: type[TracinError]) -> Path:
+    """A path that the user gave.
+
+    Args:
+        value: Text, or a path.
+        name: What it is called in the message.
+        error: The type to raise where it is something else.
+
+    Returns:
+        The path.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise error(f"{name} is a {type(value).__name__}: give a path as text.")
+    path = Path(value)
+    if "\0" in str(path):
+        raise error(f"{name} is {str(path)!r}: a path holds no null character. Leave it out.")
+    return path
 
 
 def probe_folder(folder: Path) -> None:
@@ -91,6 +136,40 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a text file atomically, in UTF-8."""
     with atomic_path(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def csv_cell(value: Any) -> Any:
+    """A cell of a CSV file that no spreadsheet runs as a formula.
+
+    A text that begins with =, +, −, @, a tab or a carriage return gets an apostrophe before it, and so does such a text
+    behind apostrophes, so that taking one away gives the text back. Numbers stay as they are.
+
+    Args:
+        value: A text, a number, or a tuple, whose entries are separated by spaces.
+
+    Returns:
+        What to write.
+
+    Example:
+        >>> csv_cell("=1+1"), csv_cell("'=1+1"), csv_cell("'tis"), csv_cell(-1.5), csv_cell((3, 12))
+        ("'=1+1", "''=1+1", "'tis", -1.5, '3 12')
+    """
+    if isinstance(value, tuple):
+        value = " ".join(map(str, value))
+    return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else value
+
+
+def write_csv(file: io.TextIOBase, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a table as CSV; what is None is empty.
+
+    Args:
+        file: Opened with ``newline=""``.
+        rows: Column → value, the same columns in each.
+    """
+    writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: csv_cell(value) for name, value in row.items()})
 
 
 def write_tensors(

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 import tracin
 from audit.common import NAMES, N, audited_digits, fit, made, planted_digits, rows, small
 from tracin.audit import Calibration, calibrate, find_label_issues
-from tracin.audit.calibrating import POINTS, curve
+from tracin.audit.calibrating import FEW, POINTS, curve
 from tracin.audit.relabelling import with_labels
 from tracin.errors import OptionError, UserCodeError
 
@@ -48,7 +48,7 @@ def test_the_cut_off_keeps_its_word_on_digits():
 def test_the_curve_counts():
     scores = torch.tensor([0.9, 0.8, 0.8, 0.7, 0.6, 0.2], dtype=torch.float64)
     planted = torch.tensor([True, True, False, True, False, False])
-    found = curve(scores, planted, fraction=0.5, rows=6, seeds=(0,), wanted=0.7)
+    found = curve(scores, planted, fraction=0.5, rows=6, seeds=(0,), wanted=0.7, fewest=1)
     assert found.thresholds == pytest.approx((0.9, 0.8, 0.7, 0.6, 0.2))
     assert found.planted_precision == pytest.approx((1, 2 / 3, 3 / 4, 3 / 5, 3 / 6))
     assert found.found == pytest.approx((1 / 3, 2 / 3, 1, 1, 1))
@@ -112,8 +112,29 @@ def test_long_curves_are_thinned():
     scores = torch.rand(5000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = curve(scores, scores > 0.9, fraction=0.1, rows=5000, seeds=(0,), wanted=0.9)
     assert len(found.thresholds) <= POINTS
-    assert found.thresholds[0] == float(scores.max())
+    assert found.thresholds[0] == float(scores.sort(descending=True).values[FEW - 1])
     assert found.flagged[-1] == found.found[-1] == 1.0
+
+
+def test_thresholds_that_flag_few_rows_are_left_out():
+    scores = torch.arange(100, 0, -1, dtype=torch.float64) / 100
+    planted = torch.arange(100) % 5 == 0
+    found = curve(scores, planted, fraction=0.2, rows=100, seeds=(0,), wanted=0.9)
+    every = curve(scores, planted, fraction=0.2, rows=100, seeds=(0,), wanted=0.9, fewest=1)
+    assert len(every.thresholds) == 100
+    assert found.thresholds == every.thresholds[FEW - 1 :]
+    assert found.precision == every.precision[FEW - 1 :]
+    assert found.wrong == every.wrong
+
+
+def test_the_flag_of_the_rule_stays_in_the_curve_where_it_flags_few():
+    scores = torch.cat([torch.tensor([0.9, 0.8, 0.7]), torch.linspace(0.4, 0.1, 40)]).double()
+    planted = torch.arange(43) < 4
+    found = curve(scores, planted, fraction=0.1, rows=43, seeds=(0,), wanted=0.9)
+    assert found.thresholds[:2] == pytest.approx((0.7, float(scores[FEW - 1])))
+    assert found.cutoff.score == pytest.approx(0.7)
+    few = curve(scores[:5], planted[:5], fraction=0.1, rows=5, seeds=(0,), wanted=0.9)
+    assert few.thresholds == pytest.approx((0.7, float(scores[4])))
 
 
 @pytest.mark.parametrize(

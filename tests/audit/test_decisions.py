@@ -86,10 +86,48 @@ def test_a_target_is_a_finite_number():
             audit.apply({2: ("relabel", wrong)})
 
 
-def test_without_labels_there_is_nothing_to_apply():
+def test_without_labels_rows_go_and_nothing_is_relabelled():
     audit = made(classes=None, class_names=None, given_labels=None, suggested_labels=None)
-    with pytest.raises(OptionError, match="apply needs labels"):
-        audit.apply({1: "remove"})
+    assert {decision.action for decision in audit.suggested()} == {"remove"}
+    cleaned = audit.apply(audit.suggested())
+    assert cleaned.rows.tolist() == [0, 4]
+    assert cleaned.labels is None
+    with pytest.raises(OptionError, match="row 1: the task has no labels that could be changed"):
+        audit.apply({1: ("relabel", 1)})
+    with pytest.raises(OptionError, match="no suggested label"):
+        audit.suggested(1, "relabel")
+
+
+def test_a_text_is_a_name_and_a_number_a_number():
+    audit = made(class_names=("2", "1", "0"))
+    assert audit.apply({0: ("relabel", "2"), 2: ("relabel", 1)}).labels.tolist() == [0, 1, 1, 0, 1]
+    assert audit.apply({0: ("relabel", 2)}).labels.tolist() == [2, 1, 2, 0, 1]
+    with pytest.raises(OptionError, match="row 0: '3' is no class"):
+        audit.apply({0: ("relabel", "3")})
+    with pytest.raises(OptionError, match="row 0: '1' is no class"):
+        made(class_names=None).apply({0: ("relabel", "1")})
+
+
+def test_names_that_occur_twice_get_their_number():
+    audit = made(class_names=("cat", "dog", "cat"))
+    assert audit.class_names == ("cat (0)", "dog", "cat (2)")
+    assert audit.apply({0: ("relabel", "cat (2)")}).labels.tolist() == [2, 1, 2, 0, 1]
+    with pytest.raises(OptionError, match=r"'cat' is no class. Give cat \(0\), dog, cat \(2\)"):
+        audit.apply({0: ("relabel", "cat")})
+
+
+@pytest.mark.parametrize("number", [10**40, 10**400, -(10**5000)], ids=["40", "400", "-5000"])
+def test_numbers_beyond_all_floats_are_refused(number):
+    with pytest.raises(OptionError, match=r"row 1: a number of \d+ bits is no class"):
+        made().apply({1: ("relabel", number)})
+    with pytest.raises(OptionError, match=r"row a number of \d+ bits does not exist"):
+        made().apply({number: "keep"})
+    targets = made(classes=None, class_names=None, given_labels=torch.ones(5).double())
+    if number > 10**308 or number < 0:
+        with pytest.raises(OptionError, match=r"row 1: the target a number of \d+ bits is no finite number"):
+            targets.apply({1: ("relabel", number)})
+    else:
+        assert float(targets.apply({1: ("relabel", number)}).labels[1]) == 1e40
 
 
 def test_suggestions_are_the_flagged_rows_by_suspicion():
@@ -113,7 +151,8 @@ def test_a_regression_suggests_to_remove():
 
 
 @pytest.mark.parametrize(
-    ("k", "action", "fact"), [(6, None, "k is 6"), (-1, None, "k is -1"), (1, "eat", "'eat'")]
+    ("k", "action", "fact"),
+    [(6, None, "k is 6"), (-1, None, "k is -1"), (True, None, "k is True"), (1, "eat", "'eat'")],
 )
 def test_suggestions_out_of_range(k, action, fact):
     with pytest.raises(OptionError, match=fact):

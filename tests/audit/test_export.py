@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
 
 import pandas
@@ -89,11 +90,49 @@ def test_label_studio(tmp_path):
 
 
 def test_text_of_the_data_stays_text(tmp_path):
-    names = ('a,"b"\n', "=1+1", "<b>ü</b>")
+    names = ('a,"b"\n', "1=1", "<b>ü</b>")
     audit = made(class_names=names)
     with audit.export(tmp_path / "a.csv").open(newline="", encoding="utf-8") as file:
         assert [row["given_label"] for row in csv.DictReader(file)] == [names[i] for i in (0, 1, 2, 0, 1)]
     assert json.loads(audit.export(tmp_path / "a.json").read_text("utf-8"))[2]["given_label"] == names[2]
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "'="])
+def test_a_text_that_a_spreadsheet_would_run_has_an_apostrophe_in_csv_alone(tmp_path, start):
+    names = (f"{start}1+cmd", "bee", "fly")
+    audit = made(class_names=names, signals={"aum": torch.tensor([-1.0, 2.0, 0.0, 1.0, 3.0]).double()})
+    decisions = {1: ("relabel", names[0])}
+    for kind, columns in (
+        ("csv", ("given_label", "suggested_label", "decided_label")),
+        ("cleanlab", ("given_label", "predicted_label")),
+    ):
+        told = audit.export(tmp_path / "a.csv", kind, decisions)
+        with told.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        for column in columns:
+            cells = {row[column] for row in rows}
+            assert f"'{names[0]}" in cells, column
+            assert names[0] not in cells, column
+        if kind == "csv":
+            assert [float(row["aum"]) for row in rows] == [-1.0, 2.0, 0.0, 1.0, 3.0]
+            # The name without the apostrophe is the class again.
+            read = {
+                int(row["row"]): ("relabel", row["decided_label"].removeprefix("'"))
+                for row in rows
+                if row["decision"]
+            }
+            assert audit.apply(read).labels.tolist() == audit.apply(decisions).labels.tolist()
+    assert json.loads(audit.export(tmp_path / "a.json").read_text("utf-8"))[0]["given_label"] == names[0]
+    assert pandas.read_parquet(audit.export(tmp_path / "a.parquet"))["given_label"][0] == names[0]
+    assert audit.table["given_label"][0] == names[0]
+
+
+def test_a_pipe_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe.csv")
+    with pytest.raises(ResultError, match=r"cannot write .*pipe\.csv.*a device, a pipe or a socket"):
+        made().export(tmp_path / "pipe.csv")
+    assert (tmp_path / "pipe.csv").is_fifo()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["pipe.csv"]
 
 
 def test_the_table_is_the_records(tmp_path):

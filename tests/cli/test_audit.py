@@ -108,6 +108,19 @@ def test_other_tools_get_their_files(run, file, tmp_path):
     ]
 
 
+def test_names_that_a_spreadsheet_would_run_or_that_occur_twice(run, write_study, tmp_path):
+    file = write_study(names="['=1+1', 'cat', 'cat']")
+    out = tmp_path / "out"
+    assert run("audit", file, "--out", out, "--format", "csv", "json", "--export", "cleanlab").code == 0
+    shown = {"'=1+1", "cat (1)", "cat (2)"}
+    assert {row["label_name"] for row in read_csv(out / "suspects.csv")} == shown
+    assert {row["given_label"] for row in read_csv(out / "audit.csv")} == shown
+    assert {row["given_label"] for row in read_csv(out / "cleanlab.csv")} == shown
+    rows = json.loads((out / "suspects.json").read_text())
+    assert {row["label_name"] for row in rows} == {"=1+1", "cat (1)", "cat (2)"}
+    assert Audit.load(out / "audit").class_names == ("=1+1", "cat (1)", "cat (2)")
+
+
 def test_calibrate_sets_the_cut_off(run, write_study, tmp_path):
     file = write_study()
     file.write_text(file.read_text().replace("class_names=NAMES,", "class_names=NAMES, fit=fit,") + FIT)
@@ -164,7 +177,9 @@ def test_a_regression_names_its_residuals(run, write_study, tmp_path):
     ("args", "fact"),
     [
         (["--evidence", "-1"], "--evidence is -1"),
-        (["--precision", "1.5"], "--precision is 1.5"),
+        (["--calibrate", "--precision", "1.5"], "--precision is 1.5"),
+        (["--precision", "0.9"], "--precision is for the cut-off of --calibrate: add --calibrate"),
+        (["--export", "cleanlab"], "--export cleanlab writes into the folder of --out: add --out FOLDER"),
         (["--calibrate"], "calibrate trains anew: give Study(fit="),
         (["--index", "nowhere"], "nowhere"),
     ],

@@ -105,3 +105,54 @@ def test_append_refuses_columns_that_only_python_can_give(file: Path, run: Run, 
     done = run("index", "append", file, "--out", tmp_path / "own", "--quiet")
     assert done.code == 2
     assert "the columns path" in done.err
+
+
+def test_a_grown_study_repairs_every_segment(built: tuple[Path, Path], run: Run) -> None:
+    file, folder = built
+    file.write_text(
+        file.read_text().replace(
+            "train=rows(23, 1)", "train=tuple(map(torch.cat, zip(rows(23, 1), rows(8, 3))))"
+        )
+    )
+    assert run("index", "append", file, "--out", folder, "--quiet").code == 0
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for name in (
+        "c0001-000000000010-000000000020.safetensors",
+        "c0000-000000000023-000000000031.safetensors",
+    ):
+        for words in (
+            ("build", "--size", "40", "--shard-rows", "10", "--labels", "--batch-size", "5"),
+            ("append",),
+        ):
+            (folder / name).write_bytes(b"harm")
+            assert run("index", "verify", folder).code == 1
+            done = run("index", words[0], file, "--out", folder, "--quiet", *words[1:])
+            assert done.code == 0, done.err
+            assert "8 of 8" in done.out
+            assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+
+
+def test_append_compares_the_rows_before(built: tuple[Path, Path], run: Run) -> None:
+    file, folder = built
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    file.write_text(file.read_text().replace("train=rows(23, 1)", "train=rows(31, 5)"))
+    done = run("index", "append", file, "--out", folder, "--quiet")
+    assert done.code == 2
+    assert "other rows" in done.err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_no_row_of_the_other_sign_is_listed(built: tuple[Path, Path], run: Run, tmp_path: Path) -> None:
+    file, folder = built
+    done = run(
+        "index", "query", file, "--index", folder, "--query", "4", "--top", "23", "--out", tmp_path / "out", "--quiet"
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    with (tmp_path / "out" / "answers.csv").open(encoding="utf-8") as table:
+        rows = list(csv.DictReader(table))
+    signs = {
+        row["sign"]: [float(other["score"]) for other in rows if other["sign"] == row["sign"]] for row in rows
+    }
+    assert min(signs["proponent"]) >= 0.0
+    assert max(signs["opponent"]) <= 0.0
+    assert len(rows) == 23

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from typing import Any
@@ -14,16 +16,28 @@ TOKEN = "a-token-of-some-length"
 
 
 @pytest.fixture
-def served(monkeypatch):
+def decisions():
+    """What is decided while the page is served."""
+    return []
+
+
+@pytest.fixture
+def served(monkeypatch, decisions):
     """What would have been served."""
     seen: list[dict[str, Any]] = []
 
-    def serve(source, log, *, ready, **more):
+    def serve(source, log, place, *, ready, **more):
         ready("http://127.0.0.1:1234/")
-        seen.append({"source": source, "log": log.path, **more})
+        seen.append({"source": source, "log": log.path, "address": place.getsockname(), **more})
+        for row, action in decisions:
+            log.decide(f"decision-{row}", row, action, None, None)
         source.answers.close()
         log.close()
+        place.close()
 
+    real = serving.listen
+    # The usual port may be in use where the tests run.
+    monkeypatch.setattr(serving, "listen", lambda host, port: real(host, 0 if port == 8000 else port))
     monkeypatch.setattr(serving, "serve", serve)
     monkeypatch.delenv("TRACIN_TOKEN", raising=False)
     return seen
@@ -36,7 +50,8 @@ def test_a_study_file_is_served(run, file, served):
     (told,) = served
     assert told["source"].content.title == "mine"
     assert told["source"].answers.live
-    assert (told["host"], told["port"], told["token"], told["names"]) == ("127.0.0.1", 0, None, ())
+    assert (told["host"], told["token"], told["names"]) == ("127.0.0.1", None, ())
+    assert told["address"][0] == "127.0.0.1"
     assert told["log"] == file.with_name("mine.decisions.jsonl")
     assert told["log"].exists()
     assert "Preparing: audit" in ran.out
@@ -63,9 +78,48 @@ def test_a_folder_is_kept_and_served(run, file, served, tmp_path):
     assert served[2]["log"] == tmp_path / "other.jsonl"
 
 
+def held(report):
+    """The decisions in a report."""
+    block = re.search(r'id="tracin-data">(.*?)</script>', report.read_text(encoding="utf-8"), re.DOTALL)
+    found = json.loads(block[1])["suspects"]
+    return {item["row"]: item["decision"]["action"] for item in found if item["decision"] is not None}
+
+
+def test_the_report_holds_the_decisions(run, file, served, decisions, tmp_path):
+    """Those of the folder's log, and after Ctrl-C those that were taken meanwhile."""
+    out = tmp_path / "out"
+    args = ("serve", file, "--port", "0", "--out", out, "--explained", "1", "--quiet")
+    assert run(*args).code == 0
+    assert held(out / "report.html") == {}
+    decisions.append((3, "remove"))
+    assert run(*args).code == 0
+    assert held(out / "report.html") == {3: "remove"}
+    decisions.clear()
+    assert run(*args).code == 0
+    assert held(out / "report.html") == {3: "remove"}
+
+
+def test_a_port_that_is_taken_is_told_before_the_work(run, file, served):
+    with serving.listen("127.0.0.1", 0) as taken:
+        ran = run("serve", file, "--port", str(taken.getsockname()[1]))
+    assert ran.code == 2
+    assert "--port" in ran.err
+    assert "Preparing" not in ran.out
+
+
+def test_a_log_that_cannot_be_written_is_told_before_the_work(run, file, served, tmp_path):
+    (tmp_path / "table.csv").write_text("a,b\n")
+    for place in (tmp_path / "table.csv", tmp_path / "table.csv" / "log.jsonl", tmp_path):
+        ran = run("serve", file, "--port", "0", "--decisions", place)
+        assert ran.code == 2
+        assert place.name in ran.err
+        assert "Preparing" not in ran.out
+    assert (tmp_path / "table.csv").read_text() == "a,b\n"
+
+
 def test_the_token_comes_from_the_environment_too(run, file, served, monkeypatch):
     monkeypatch.setenv("TRACIN_TOKEN", TOKEN)
-    ran = run("serve", file, "--host", "0.0.0.0", "--name", "hub.example", "--quiet")
+    ran = run("serve", file, "--port", "0", "--host", "0.0.0.0", "--name", "hub.example", "--quiet")
     assert ran.code == 0
     assert TOKEN not in ran.out + ran.err
     assert (served[0]["token"], served[0]["names"]) == (TOKEN, ("hub.example",))

@@ -140,6 +140,7 @@ class Client:
     """Asks an application, one request after the other."""
 
     app: Any
+    log: str
     base: str = "http://127.0.0.1:8000"
 
     def ask(self, method: str, path: str, **more: Any) -> httpx.Response:
@@ -162,7 +163,10 @@ class Client:
         return found.json()
 
     def post(self, path: str, value: Any, **more: Any) -> httpx.Response:
+        """Post JSON; what is posted on decisions names the log, unless it says which."""
         headers = {"Content-Type": "application/json", **more.pop("headers", {})}
+        if path.startswith("/api/decisions") and isinstance(value, dict):
+            value = {"log": self.log, **value}
         return self.ask("POST", path, content=json.dumps(value), headers=headers, **more)
 
     def decide(
@@ -175,7 +179,8 @@ class Client:
 
 def client_of(source: Source, folder: Path, **more: Any) -> Client:
     """A client of these pages, with a log in the folder."""
-    return Client(make_app(source, DecisionLog(folder / "decisions.jsonl", source.content.audit), **more))
+    log = DecisionLog(folder / "decisions.jsonl", source.content.audit, source.content.names)
+    return Client(make_app(source, log, **more), log.identity)
 
 
 async def pieces(*parts: bytes) -> AsyncIterator[bytes]:

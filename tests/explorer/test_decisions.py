@@ -16,6 +16,7 @@ from explorer.common import NAMES, TRAIN, client_of
 from explorer.forking import audit
 from tracin.errors import OptionError, ResultError
 from tracin.explorer.decisions import ConflictError, DecisionLog
+from tracin.explorer.logfile import check_place
 
 
 @pytest.fixture
@@ -37,20 +38,20 @@ def told(log: DecisionLog) -> dict:
 
 
 def test_decisions_are_there_after_a_restart(log, path):
-    log.decide(name(), 3, "relabel", "dog", None)
+    log.decide(name(), 3, "relabel", "2", None)
     first = log.decide(name(), 4, "keep", None, None)
     log.decide(name(), 4, "remove", None, first.seq)
     log.close()
     again = DecisionLog(path, audit())
-    assert told(again) == {3: ("relabel", "dog"), 4: ("remove", None)}
+    assert told(again) == {3: ("relabel", "2"), 4: ("remove", None)}
     assert again.seq == 3
     assert [chosen.action for chosen in again.chosen().values()] == ["relabel", "remove"]
 
 
 def test_the_same_id_is_the_same_decision(log):
     mine = name()
-    first = log.decide(mine, 3, "relabel", "dog", None)
-    assert log.decide(mine, 3, "relabel", "dog", None) is first
+    first = log.decide(mine, 3, "relabel", "2", None)
+    assert log.decide(mine, 3, "relabel", "2", None) is first
     assert log.seq == 1
     with pytest.raises(OptionError, match="another decision"):
         log.decide(mine, 3, "keep", None, None)
@@ -71,7 +72,7 @@ def test_an_older_view_of_a_row_is_a_conflict(log):
 
 def test_undoing_brings_back_what_was_before(log, path):
     first = log.decide(name(), 3, "keep", None, None)
-    second = log.decide(name(), 3, "relabel", "cat", first.seq)
+    second = log.decide(name(), 3, "relabel", "0", first.seq)
     mine = name()
     entry, now = log.undo(mine, second.seq)
     assert (entry.action, entry.undoes, now) == ("undo", second.seq, first)
@@ -129,7 +130,8 @@ def test_a_torn_head_is_written_anew(path):
 @pytest.mark.parametrize(
     ("content", "names"),
     [
-        (b"row,label\n", "line 1"),
+        (b"row,label\n", "no log of decisions"),
+        (b"[" * 60_000 + b"\n", "no log of decisions"),
         (b"a note without an end of line", "no log of decisions"),
         (b'{"format": "tracin.index"}\n', "no log of decisions"),
         (b'{"format": "tracin.decisions", "version": 9}\n', "another version"),
@@ -153,6 +155,23 @@ def test_other_files_are_left_alone(path, content, names):
         {"seq": 2, "row": 99, "action": "keep"},
         {"seq": 2, "row": 3, "action": "undo", "undoes": 7},
         {"seq": 2},
+        {"seq": 2, "row": 1.5, "action": "keep"},
+        {"seq": 2, "row": 34.0, "action": "keep"},
+        {"seq": 2, "row": True, "action": "keep"},
+        {"seq": True, "row": 3, "action": "keep"},
+        {"seq": 2, "row": 3, "action": "keep", "id": 7},
+        {"seq": 2, "row": 3, "action": ["keep"]},
+        {"seq": 2, "row": 3, "action": "keep", "label": "cat"},
+        {"seq": 2, "row": 3, "action": "keep", "undoes": 1},
+        {"seq": 2, "row": 3, "action": "keep", "more": 1},
+        {"seq": 2, "row": 3, "action": "keep", "at": 7},
+        {"seq": 2, "row": 3, "action": "keep", "at": float("inf")},
+        {"seq": 2, "row": 3, "action": "relabel"},
+        {"seq": 2, "row": 3, "action": "relabel", "label": "horse"},
+        {"seq": 2, "row": 3, "action": "relabel", "label": 1},
+        {"seq": 2, "row": 3, "action": "relabel", "label": float("nan")},
+        {"seq": 2, "row": 3, "action": "undo", "undoes": 1.0},
+        {"seq": 2, "row": 3, "action": "undo"},
     ],
 )
 def test_a_damaged_line_in_the_middle_is_named(log, path, record):
@@ -162,6 +181,73 @@ def test_a_damaged_line_in_the_middle_is_named(log, path, record):
         file.write(json.dumps({"id": "someone", "at": "", **record}).encode() + b"\n")
     with pytest.raises(ResultError, match="line 3"):
         DecisionLog(path, audit())
+
+
+@pytest.mark.parametrize(
+    "line", [b"[" * 60_000, b"", b"\xff", b'{"seq": 1e999}', b'{"seq": ' + b"9" * 5000 + b"}", b"7"]
+)
+def test_what_is_no_entry_is_named_by_file_and_line(log, path, line):
+    log.close()
+    whole = path.read_bytes()
+    path.write_bytes(whole + line + b"\n")
+    with pytest.raises(ResultError, match=r"decisions\.jsonl: line 2 is no decision"):
+        DecisionLog(path, audit())
+    assert path.read_bytes() == whole + line + b"\n"
+
+
+def test_an_id_that_is_used_twice_is_named(log, path):
+    log.decide("someone else", 3, "keep", None, None)
+    log.close()
+    head, line = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(head + line + line.replace(b'"seq": 1', b'"seq": 2'))
+    with pytest.raises(ResultError, match="line 3"):
+        DecisionLog(path, audit())
+
+
+def test_lines_of_another_systems_editor_are_read(log, path):
+    """A carriage return ends no line: what follows it must not be taken for torn and cut off."""
+    log.decide(name(), 3, "keep", None, None)
+    log.decide(name(), 4, "remove", None, None)
+    log.close()
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    assert told(DecisionLog(path, audit())) == {3: ("keep", None), 4: ("remove", None)}
+    assert path.read_bytes().count(b"\n") == 3
+
+
+def test_a_pipe_is_no_log(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for refused in (lambda path: DecisionLog(path, audit()), check_place):
+        with pytest.raises(ResultError, match=r"pipe.*regular file"):
+            refused(tmp_path / "pipe")
+
+
+def test_a_place_is_checked_before_the_work(log, path, tmp_path):
+    check_place(path)
+    check_place(tmp_path / "new" / "decisions.jsonl")
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "file").write_text("a table\n")
+    (tmp_path / "link").symlink_to(path)
+    for bad in (tmp_path / "file", tmp_path / "file" / "log", tmp_path / "link", tmp_path):
+        with pytest.raises(ResultError, match=bad.name):
+            check_place(bad)
+    assert (tmp_path / "file").read_text() == "a table\n"
+
+
+@pytest.mark.parametrize("names", [("0", "1", "dog"), ("1", "0", "2"), ("0", "1")])
+def test_decisions_on_other_classes_are_refused(log, path, names):
+    """Renamed or in another order, a name means another class, or none."""
+    log.decide(name(), 3, "relabel", "1", None)
+    log.close()
+    whole = path.read_bytes()
+    with pytest.raises(ResultError, match="classes: their names or their order"):
+        DecisionLog(path, audit(), names)
+    assert path.read_bytes() == whole
+    assert told(DecisionLog(path, audit(), ("0", "1", "2"))) == {3: ("relabel", "1")}
+
+
+def test_each_log_has_an_identity_that_stays(log, path, tmp_path):
+    assert DecisionLog(path, audit()).identity == log.identity
+    assert DecisionLog(tmp_path / "other.jsonl", audit()).identity != log.identity
 
 
 def test_decisions_on_other_rows_are_refused(log, path):
@@ -237,7 +323,14 @@ def test_decisions_are_posted_and_shown(client):
     after = client.json("/api/suspects")
     assert after["items"][0]["decision"] == found["decision"]
     flagged = suspects["progress"]["flagged"]
-    assert after["progress"] == {"decided": 1, "flagged": flagged, "kept": 0, "relabelled": 1, "removed": 0}
+    assert after["progress"] == {
+        "decided": 1,
+        "flagged": flagged,
+        "settled": 1,
+        "kept": 0,
+        "relabelled": 1,
+        "removed": 0,
+    }
     assert [item["row"] for item in client.json("/api/suspects", show="decided")["items"]] == [row]
     assert row not in [item["row"] for item in client.json("/api/suspects", show="undecided")["items"]]
     assert client.json("/api/decisions", since=0)["changes"] == [{"row": row, "decision": found["decision"]}]
@@ -285,7 +378,28 @@ def test_a_decision_of_another_form_is_refused(client, more, names):
     found = client.post("/api/decisions", {"id": name(), "row": 1, "action": "keep", "seen": None, **more})
     assert found.status_code == 400
     assert names in found.json()["error"]
-    assert client.json("/api/decisions", since=0) == {"seq": 0, "changes": []}
+    assert client.json("/api/decisions", since=0) == {"seq": 0, "changes": [], "log": client.log}
+
+
+def test_a_tab_of_another_study_decides_nothing_here(client):
+    """It was opened when another study was served at this address."""
+    first = client.decide(4, "keep").json()
+    theirs = {"log": "of another study", "id": name()}
+    for path, more in (
+        ("/api/decisions", {"row": 5, "action": "keep", "seen": None}),
+        ("/api/decisions/undo", {"seq": first["seq"]}),
+    ):
+        found = client.post(path, {**theirs, **more})
+        assert found.status_code == 409
+        assert found.json()["log"] == client.log
+        assert "another study is served here now" in found.json()["error"]
+        for log in (None, 7):
+            found = client.post(path, {**theirs, **more, "log": log})
+            assert found.status_code == 400
+            assert "/api/study" in found.json()["error"]
+    assert client.json("/api/study")["log"] == client.log
+    found = client.json("/api/decisions", since=0)
+    assert found == {"seq": 1, "changes": [{"row": 4, "decision": first["decision"]}], "log": client.log}
 
 
 @pytest.mark.parametrize("value", [[], "text", None, 3])

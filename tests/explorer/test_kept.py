@@ -21,7 +21,7 @@ from explorer.common import (
 from tracin.errors import OptionError, ResultError
 from tracin.explorer.kept import keep, kept_source
 from tracin.explorer.pages import Source
-from tracin.files import write_tensors
+from tracin.files import read_tensors, write_tensors
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +189,138 @@ def test_faces_outside_the_file_are_refused(copy, place):
     write_tensors(copy / "explorer" / "faces.safetensors", tensors, {}, ResultError)
     with pytest.raises(ResultError, match="face"):
         kept_source(copy)
+
+
+def changed(value, path, new):
+    """A copy of JSON with another value at a path."""
+    if not path:
+        return new(value) if callable(new) else new
+    key, *rest = path
+    if isinstance(value, dict):
+        return {**value, key: changed(value.get(key), rest, new)}
+    return [changed(each, rest, new) if at == key else each for at, each in enumerate(value)]
+
+
+@pytest.mark.parametrize(
+    ("path", "new"),
+    [
+        (["rows", "test"], float("inf")),
+        (["rows", "test"], 9.0),
+        (["rows", "train"], True),
+        (["rows", "test"], -1),
+        (["names"], ["cat", "dog"]),
+        (["names"], ["cat", "dog", "cat"]),
+        (["names"], [{}, {"a": 1}, "dog"]),
+        (["names"], None),
+        (["names"], "cat"),
+        (["title"], {}),
+        (["title"], None),
+        (["checkpoints"], {}),
+        (["checkpoints"], [{}]),
+        (["checkpoints", 0, "learning_rate"], float("nan")),
+        (["checkpoints", 0, "learning_rate"], []),
+        (["trust"], []),
+        (["trust", "cutoff", "score"], float("nan")),
+        (["trust", "verification"], []),
+        (["trust", "notes"], [7]),
+        (["trust", "notes"], None),
+    ],
+)
+def test_a_tampered_study_is_refused_when_it_is_loaded(copy, path, new):
+    file = copy / "explorer" / "study.json"
+    file.write_text(json.dumps(changed(json.loads(file.read_text()), path, new)))
+    with pytest.raises(ResultError, match="keep"):
+        kept_source(copy)
+
+
+@pytest.mark.parametrize("number", ["1e999", "9" * 5000, "[" * 60_000])
+def test_numbers_that_json_cannot_hold_are_refused(copy, number):
+    file = copy / "explorer" / "study.json"
+    file.write_text(file.read_text().replace('"title": "small"', f'"title": {number}'))
+    with pytest.raises(ResultError, match="keep"):
+        kept_source(copy)
+
+
+@pytest.fixture(scope="module")
+def told(folder: Path) -> dict:
+    """The explanations of a folder."""
+    return json.loads((folder / "explorer" / "explained.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("path", "new"),
+    [
+        ([], None),
+        ([], []),
+        (["query"], None),
+        (["query", "row"], 10**9),
+        (["query", "row"], "1"),
+        (["query", "side"], "valid"),
+        (["query", "face"], []),
+        (["query", "face", "kind"], "html"),
+        (["query", "face", "src"], "https://example.org/x.png"),
+        (["query", "score"], float("nan")),
+        (["query", "label"], {}),
+        (["targets"], None),
+        (["targets", 0], []),
+        (["targets", 0, "name"], 7),
+        (["targets", 0, "words"], None),
+        (["targets", 0, "proponents"], {}),
+        (["targets", 0, "proponents", 0], {}),
+        (["targets", 0, "opponents", 0, "score"], "1"),
+        (["targets", 0, "path"], None),
+        (["targets", 0, "path", "losses"], [1.0]),
+        (["targets", 0, "path", "steps"], ["a", "b", "c"]),
+    ],
+)
+def test_a_tampered_explanation_is_refused_when_it_is_loaded(copy, told, path, new):
+    file = copy / "explorer" / "explained.json"
+    key = next(
+        key
+        for key, each in told.items()
+        if all(each["targets"][0][name] for name in ("proponents", "opponents"))
+    )
+    file.write_text(json.dumps(told))
+    kept_source(copy)
+    file.write_text(json.dumps(changed(told, [key, *path], new)))
+    with pytest.raises(ResultError, match="keep"):
+        kept_source(copy)
+
+
+@pytest.mark.parametrize("key", ["test", "test/", "test/99", "valid/1", "test/-1", "test/1/2", "../1"])
+def test_an_explanation_of_no_row_is_refused(copy, told, key):
+    (copy / "explorer" / "explained.json").write_text(json.dumps({key: next(iter(told.values()))}))
+    with pytest.raises(ResultError, match="keep"):
+        kept_source(copy)
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [(0, b"GIF89a"), (2, b"no json"), (2, b"[1]"), (2, b'{"a": 1}'), (2, b'[["a", 1]]'), (2, b"[" * 60_000)],
+)
+def test_a_face_of_another_kind_is_refused(copy, kind, data):
+    tensors = {
+        "bytes": torch.tensor(list(data), dtype=torch.uint8),
+        "train.places": torch.tensor([[0, 0, len(data), kind]]),
+        "test.places": torch.zeros(0, 4, dtype=torch.int64),
+    }
+    write_tensors(copy / "explorer" / "faces.safetensors", tensors, {}, ResultError)
+    with pytest.raises(ResultError, match="train row 0"):
+        kept_source(copy)
+
+
+def test_values_of_another_kind_are_refused(copy):
+    file = copy / "explorer" / "rows.safetensors"
+    tensors, _ = read_tensors(file, ResultError)
+    for name, dtype in (
+        ("train.labels", torch.bool),
+        ("test.losses", torch.int64),
+        ("test.losses", torch.complex64),
+    ):
+        values = {key: value.clone() for key, value in tensors.items()}
+        write_tensors(file, {**values, name: values[name].to(dtype)}, {}, ResultError)
+        with pytest.raises(ResultError, match=name):
+            kept_source(copy)
 
 
 def test_a_place_that_cannot_be_written_is_told(source, tmp_path):

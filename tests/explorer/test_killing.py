@@ -96,6 +96,7 @@ def serve(folder: Path, tmp_path: Path) -> Iterator[Callable[..., Server]]:
 def test_a_killed_server_has_lost_no_acknowledged_decision(serve, tmp_path):
     """Four clients post, the server is killed in between; after the start all that was acknowledged is there."""
     server = serve()
+    log = server.ask("GET", "/api/study")[1]["log"]
     acknowledged: dict[str, tuple[int, int, str]] = {}
     enough = threading.Event()
 
@@ -104,7 +105,7 @@ def test_a_killed_server_has_lost_no_acknowledged_decision(serve, tmp_path):
             seen = None
             for action in ("keep", "remove", "keep"):
                 name = str(uuid.uuid4())
-                told = {"id": name, "row": row, "action": action, "seen": seen}
+                told = {"log": log, "id": name, "row": row, "action": action, "seen": seen}
                 try:
                     status, answer = server.ask("POST", "/api/decisions", told)
                 except (OSError, http.client.HTTPException):
@@ -133,6 +134,7 @@ def test_a_killed_server_has_lost_no_acknowledged_decision(serve, tmp_path):
     assert {name: there[name] for name in acknowledged} == acknowledged
     last = {row: action for _, row, action in sorted(there.values())}
     assert {change["row"]: change["decision"]["action"] for change in told["changes"]} == last
+    assert told["log"] == log
     assert again.ask("GET", "/", Host="evil.example")[0] == 421
     assert _status_of_a_huge_post(again) == 413
     assert again.end(signal.SIGINT) == 0
@@ -181,6 +183,12 @@ def test_a_port_that_is_taken_is_told():
         port = taken.getsockname()[1]
         with pytest.raises(OptionError, match=f"port {port}.*--port"):
             listen("127.0.0.1", port)
+
+
+def test_a_port_is_taken_before_it_is_answered():
+    """Two that prepare at once are told then, not after it."""
+    with listen("127.0.0.1", 0) as mine, pytest.raises(OptionError, match="--port"):
+        listen("127.0.0.1", mine.getsockname()[1])
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch import nn
 
 import tracin
 from explorer.common import NAMES, TEST, TRAIN, client_of, picture_study, regression_study, source_of
+from tracin.errors import DataError
 from tracin.explain import explain
 from tracin.explorer.app import STATIC
 from tracin.explorer.live import LiveAnswers
@@ -24,6 +25,7 @@ def test_the_study_is_told(client):
     assert told["classes"] == NAMES
     assert [checkpoint["step"] for checkpoint in told["checkpoints"]] == [20, 40, 60]
     assert told["version"] == tracin.__version__
+    assert (told["labels"], told["exports"]) == (True, ["csv", "parquet", "json", "cleanlab", "label-studio"])
 
 
 def test_test_rows_are_those_of_the_last_checkpoint(client):
@@ -270,7 +272,10 @@ def test_a_regression_has_targets_and_no_classes(tmp_path):
     assert (target["kind"], target["name"], target["words"]) == ("label", None, "its own target")
     assert client.get("/api/explain/train/7?target=1").status_code == 400
     assert client.decide(7, "relabel", "dog").status_code == 400
+    for bad in (10**400, 1e39, -1e39, float("nan"), True, None):
+        assert client.decide(7, "relabel", bad).status_code == 400, bad
     assert client.decide(7, "relabel", 0.42).status_code == 200
+    assert (told["labels"], told["exports"]) == (True, ["csv", "parquet", "json"])
     rows = list(csv.DictReader(io.StringIO(client.get("/api/export?format=csv").text)))
     assert (rows[7]["decision"], float(rows[7]["decided_label"])) == ("relabel", 0.42)
     tests = client.json("/api/test", show="wrong")
@@ -278,6 +283,11 @@ def test_a_regression_has_targets_and_no_classes(tmp_path):
     assert (tests["items"][0]["label"], tests["items"][0]["predicted"]) == ("0", "0.1")
     assert tests["items"][0]["correct"] is None
     source.answers.close()
+
+
+def test_test_rows_that_are_none_are_named():
+    with pytest.raises(DataError, match=r"^test is a NoneType"):
+        source_of(picture_study(test=None))
 
 
 def test_what_the_users_code_raises_is_told(tmp_path):

@@ -102,7 +102,7 @@ def test_another_address_needs_a_token(source, tmp_path):
     for host in ("0.0.0.0", "::", "192.168.1.5", "hub.example"):
         with pytest.raises(OptionError, match="--token"):
             client_of(source, tmp_path, host=host)
-    for token in ("short", "a" * 15, "with a space in it", "ünsigned-and-long-enough"):
+    for token in ("short", "a" * 15, "with a space in it", "ünsigned-and-long-enough", "a+b+c+d+e+f+g+h+i+j"):
         with pytest.raises(OptionError, match="16"):
             client_of(source, tmp_path, host="0.0.0.0", token=token)
 
@@ -110,7 +110,7 @@ def test_another_address_needs_a_token(source, tmp_path):
 @pytest.fixture
 def guarded(source, tmp_path: Path) -> Client:
     client = client_of(source, tmp_path, host="0.0.0.0", token=TOKEN)
-    return Client(client.app, "http://192.168.1.5:8000")
+    return Client(client.app, client.log, "http://192.168.1.5:8000")
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,19 @@ def test_the_token_opens_by_header_and_by_a_first_visit(guarded):
     assert TOKEN not in first.text
     assert first.headers["cache-control"] == "no-store"
     pair = cookie.partition(";")[0]
-    assert guarded.get("/api/study", headers={"Cookie": f"other=1; {pair}"}).status_code == 200
+    for other in ("other=1", "bad[name]=1", 'a="open', "é", "", "=", "x" * 3000):
+        for cookies in (f"{other}; {pair}", f"{pair};{other}"):
+            headers = [("Cookie", cookies.encode("latin-1"))]
+            assert guarded.get("/api/study", headers=headers).status_code == 200, other
+
+
+def test_a_token_stands_in_the_address_as_it_is(source, tmp_path):
+    """The address that is told is opened with the token behind it."""
+    token = "a.b~c_d-e" * 2
+    assert client_of(source, tmp_path, token=token).get(f"/?token={token}").status_code == 200
+    for other in ("%41" * 6, "a&b" * 6, "a#b" * 6, "a+b" * 6, "a=b/" * 5):
+        with pytest.raises(OptionError, match="A to Z"):
+            client_of(source, tmp_path, token=other)
 
 
 def test_with_a_token_addresses_are_answered_and_names_are_not(guarded):

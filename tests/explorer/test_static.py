@@ -65,9 +65,15 @@ def test_the_answers_are_those_of_the_source(pictures):
     assert [item["row"] for item in data["suspects"]] == [*pictures.content.audit.order[:5].tolist(), last]
     assert data["suspects"][-1]["decision"] == decision
     assert data["progress"]["kept"] == 1
+    assert data["study"]["held_suspects"].startswith("This report holds the first 5 of 90 suspects")
+    assert data["study"]["held_suspects"].endswith("and every decided row.")
     assert sorted(key.split("/")[0] for key in data["explanations"]) == ["test", "test", "train", "train"]
     assert data["study"]["why_no_upload"] == "This report holds 4 of 9 test rows and 6 of 90 training rows."
     assert all(address.startswith("data:image/png;base64,") for address in data["pictures"].values())
+
+
+def test_a_report_of_all_suspects_lacks_none(pictures):
+    assert data_of(render_static(pictures, suspects=90))["study"]["held_suspects"] is None
 
 
 def test_pictures_beyond_the_room_are_left_out(pictures):

@@ -38,7 +38,10 @@ def test_a_folder_without_an_index(tmp_path: Path) -> None:
         tracin.Index.open(tmp_path / "nothing")
 
 
-@pytest.mark.parametrize(("version", "mend"), [(2, "upgrade tracin"), ("old", "build the index again")])
+@pytest.mark.parametrize(
+    ("version", "mend"),
+    [(3, "upgrade tracin"), (1, "build the index again"), ("old", "build the index again")],
+)
 def test_another_version(folder: Path, version: object, mend: str) -> None:
     path = folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": version}))

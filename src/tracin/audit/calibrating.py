@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tracin.audit.parts import Calibration
+from tracin.audit.parts import FLAGGED, Calibration
 from tracin.audit.relabelling import with_labels
 from tracin.audit.score import flagged_by_doubt, score_of, suspicions_of
 from tracin.audit.signals import has_head, see
@@ -30,6 +30,9 @@ ENOUGH = 0.5
 
 POINTS = 200
 """The most thresholds of a curve."""
+
+FEW = 10
+"""A threshold that flags fewer rows is left out: a row more or less would change its precision by a tenth and more."""
 
 
 def calibrate(
@@ -60,6 +63,8 @@ def calibrate(
     Raises:
         OptionError: The study has no ``fit``, or no classes; ``precision`` or ``fraction`` outside (0, 1); no seed.
     """
+    if not isinstance(study, Study):
+        raise OptionError(f"calibrate: study is a {type(study).__name__}. Give a tracin.Study with fit.")
     if study.fit is None:
         raise OptionError("calibrate trains anew: give Study(fit=lambda train, folder, seed: trajectory).")
     if not 0.0 < precision < 1.0:
@@ -121,6 +126,7 @@ def curve(
     rows: int,
     seeds: tuple[int, ...],
     wanted: float,
+    fewest: int = FEW,
 ) -> Calibration:
     """Precision and share found by threshold, as ``Calibration`` has them.
 
@@ -131,6 +137,8 @@ def curve(
         rows: The rows of one training.
         seeds: The seeds.
         wanted: The precision that the cut-off is to reach.
+        fewest: Thresholds that flag fewer rows, of all trainings together, are left out, but for the lowest one from
+            ``FLAGGED`` on and the lowest of all.
 
     Returns:
         The calibration; thresholds are scores that occur, at most 200 of them, the denser the higher.
@@ -138,7 +146,7 @@ def curve(
     Example:
         >>> scores = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.2], dtype=torch.float64)
         >>> planted = torch.tensor([True, True, False, False, False])
-        >>> found = curve(scores, planted, fraction=0.4, rows=5, seeds=(0,), wanted=0.9)
+        >>> found = curve(scores, planted, fraction=0.4, rows=5, seeds=(0,), wanted=0.9, fewest=1)
         >>> found.found, found.wrong, found.planted_precision[:3]
         ((0.5, 1.0, 1.0, 1.0, 1.0), 0.0, (1.0, 1.0, 0.6666666666666666))
     """
@@ -151,10 +159,7 @@ def curve(
     enough = (found >= ENOUGH) & (hits >= min(10.0, float(hits[-1])))
     wrong = float((flagged / found)[enough].min())
     likely = torch.where(flagged > 0, wrong * found / flagged.clamp_min(1e-300), 0.0 if wrong == 0 else 1.0)
-    chosen = torch.arange(len(ends))
-    if len(ends) > POINTS:
-        places = torch.linspace(0, 1, POINTS, dtype=torch.float64).square() * (len(ends) - 1)
-        chosen = places.round().long().unique()
+    chosen = _told(values[ends], counts, fewest)
     return Calibration(
         thresholds=tuple(values[ends[chosen]].tolist()),
         precision=tuple(likely[chosen].clamp(max=1.0).tolist()),
@@ -167,3 +172,17 @@ def curve(
         seeds=seeds,
         wanted=wanted,
     )
+
+
+def _told(thresholds: Tensor, counts: Tensor, fewest: int) -> Tensor:
+    """The places in the curve that are reported."""
+    told = counts >= fewest
+    told[-1] = True
+    flagging = (thresholds >= FLAGGED).nonzero().flatten()
+    if len(flagging):
+        told[flagging[-1]] = True  # the rule's own cut-off, so that a calibrated one never lies below it
+    places = told.nonzero().flatten()
+    if len(places) <= POINTS:
+        return places
+    spread = torch.linspace(0, 1, POINTS, dtype=torch.float64).square() * (len(places) - 1)
+    return places[spread.round().long().unique()]

@@ -6,11 +6,13 @@ import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from numbers import Real
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from tracin.audit.labels import put, unchangeable
 from tracin.audit.parts import Findings
 from tracin.errors import OptionError
 from tracin.options import whole_number
@@ -21,6 +23,7 @@ __all__ = ["ACTIONS", "Cleaned", "Decision", "apply", "checked", "opposing", "su
 Action = Literal["keep", "relabel", "remove"]
 ACTIONS: tuple[Action, ...] = ("keep", "relabel", "remove")
 KEEP, RELABEL, REMOVE = ACTIONS
+_DIGITS = 40
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Decision:
     Args:
         row: Its position.
         action: ``"keep"``, ``"relabel"`` or ``"remove"``.
-        label: With ``"relabel"``: the class by name or number, or the target.
+        label: With ``"relabel"``: the class, a text by its name and a number by its number, or the target.
     """
 
     row: int
@@ -44,7 +47,8 @@ class Cleaned:
 
     Args:
         rows: The rows that stay, in ascending order [r].
-        labels: Their labels [r]: classes, int64, or targets, float64.
+        labels: Their labels [r, ...], in the dtype and shape that the training rows have them in; class numbers, int64,
+            where a loss of one's own does not tell where they are; None where the task tells none: take those of ``rows``.
         removed: The rows that go.
         relabelled: The rows with another label.
         kept: The rows that were looked at and stay as they are.
@@ -57,7 +61,7 @@ class Cleaned:
     """
 
     rows: Int[Tensor, " r"]
-    labels: Tensor
+    labels: Tensor | None
     removed: tuple[int, ...]
     relabelled: tuple[int, ...]
     kept: tuple[int, ...]
@@ -124,7 +128,7 @@ def _of_pair(row: Any, told: Any) -> tuple[Any, Any, Any]:
 def _row(findings: Findings, row: Any) -> int:
     n, number = len(findings), _number(row)
     if not 0 <= number < n:
-        raise OptionError(f"row {row!r} does not exist: the {n:,} rows count from 0 to {n - 1:,}.")
+        raise OptionError(f"row {_shown(row)} does not exist: the {n:,} rows count from 0 to {n - 1:,}.")
     return number
 
 
@@ -136,58 +140,80 @@ def _number(value: Any) -> int:
         return -1
 
 
+def _shown(value: Any) -> str:
+    """A value in a message; Python refuses to write out numbers of thousands of digits."""
+    if isinstance(value, int) and abs(value) >= 10**_DIGITS:
+        return f"a number of {value.bit_length()} bits"
+    return repr(value)
+
+
 def _label(findings: Findings, row: int, label: Any) -> int | float:
     if findings.given_labels is None:
         raise OptionError(f"row {row}: the task has no labels that could be changed. Choose keep or remove.")
     if findings.classes is None:
-        if isinstance(label, int | float) and not isinstance(label, bool) and math.isfinite(label):
-            return float(label)
-        raise OptionError(f"row {row}: the target {label!r} is no finite number.")
-    names = findings.class_names or ()
-    number = list(names).index(label) if label in names else _number(label)
+        return _target(row, label)
+    names = list(findings.class_names or ())
+    if isinstance(label, str) and label in names:
+        label = names.index(label)
+    number = _number(label)
     if not 0 <= number < findings.classes:
         known = f"{', '.join(names[:20])}, or " if names else ""
         raise OptionError(
-            f"row {row}: {label!r} is no class. Give {known}a number from 0 to {findings.classes - 1}."
+            f"row {row}: {_shown(label)} is no class. Give {known}a number from 0 to {findings.classes - 1}."
         )
     return number
 
 
+def _target(row: int, label: Any) -> float:
+    """A finite target."""
+    target = math.nan
+    if isinstance(label, Real) and not isinstance(label, bool):
+        try:
+            target = float(label)
+        except OverflowError:
+            target = math.inf
+    if not math.isfinite(target):
+        raise OptionError(f"row {row}: the target {_shown(label)} is no finite number of float64. Give one.")
+    return target
+
+
 def apply(findings: Findings, decisions: Any) -> Cleaned:
     """See ``Audit.apply``."""
-    if findings.given_labels is None:
-        raise OptionError(
-            "apply needs labels, and the task tells none: use a ready-made loss, or give Task(outputs=...)."
-        )
-    labels = findings.given_labels.clone()
+    found = checked(findings, decisions)
+    changed = next((one.row for one in found if one.action == RELABEL), None)
+    reason = None if changed is None else unchangeable(findings)
+    if reason is not None:
+        raise OptionError(f"row {changed}: {reason}")
+    held = findings.given_labels if findings.labels is None else findings.labels
+    labels = None if held is None else held.clone()
     stays = torch.ones(len(findings), dtype=torch.bool)
     groups: dict[str, list[int]] = {action: [] for action in ACTIONS}
-    for decision in checked(findings, decisions):
+    for decision in found:
         groups[decision.action].append(decision.row)
         if decision.action == REMOVE:
             stays[decision.row] = False
-        elif decision.action == RELABEL:
-            labels[decision.row] = cast("float", decision.label)
+        elif labels is not None and isinstance(decision.label, int | float):
+            put(labels, decision.row, float(decision.label), findings.classes)
     return Cleaned(
         rows=stays.nonzero().flatten(),
-        labels=labels[stays],
+        labels=None if labels is None else labels[stays],
         removed=tuple(groups[REMOVE]),
         relabelled=tuple(groups[RELABEL]),
         kept=tuple(groups[KEEP]),
     )
 
 
-def suggested(findings: Findings, k: int | None, action: str | None) -> tuple[Decision, ...]:
+def suggested(findings: Findings, k: Any, action: Any) -> tuple[Decision, ...]:
     """See ``Audit.suggested``."""
     flagged = int(findings.is_issue.sum())
-    count = flagged if k is None else k
-    if isinstance(count, bool) or not 0 <= count <= len(findings):
-        raise OptionError(f"suggested: k is {k!r}. Give a whole number from 0 to {len(findings):,}.")
-    action = action or (RELABEL if findings.classes is not None else REMOVE)
+    count = flagged if k is None else whole_number(k, "suggested: k", 0, len(findings))
+    reason = _no_suggestion(findings)
+    if action is None:
+        action = RELABEL if findings.classes is not None and reason is None else REMOVE
     if action not in ACTIONS:
         raise OptionError(f"suggested: action is {action!r}. Choose one of {', '.join(ACTIONS)}.")
-    if action == RELABEL and findings.suggested_labels is None:
-        raise OptionError("suggested: there is no suggested label for this task. Choose 'keep' or 'remove'.")
+    if action == RELABEL and reason is not None:
+        raise OptionError(f"suggested: {reason}")
     flags = findings.is_issue[findings.order].int()
     rows = findings.order[torch.argsort(flags, descending=True, stable=True)][:count].tolist()
     if action != RELABEL:
@@ -195,6 +221,19 @@ def suggested(findings: Findings, k: int | None, action: str | None) -> tuple[De
     labels = findings.suggested_labels
     assert labels is not None
     return tuple(Decision(row, RELABEL, findings.label_name(labels[row].item())) for row in rows)
+
+
+def _no_suggestion(findings: Findings) -> str | None:
+    """Why ``apply`` could not take the suggested labels."""
+    if findings.suggested_labels is None:
+        return "there is no suggested label for this task. Choose 'keep' or 'remove'."
+    labels = findings.labels
+    if findings.classes is None and labels is not None and not labels.is_floating_point():
+        return (
+            "the targets are whole numbers, and the suggested ones are not. Choose 'keep' or 'remove', or give the training "
+            "rows targets of floats."
+        )
+    return unchangeable(findings)
 
 
 def opposing(findings: Findings, k: int) -> Int[Tensor, " k"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from tracin.audit.decisions import Decision, checked
 from tracin.audit.parts import Findings
 from tracin.audit.table import records
 from tracin.errors import MissingExtraError, OptionError, ResultError
-from tracin.files import atomic_path
+from tracin.files import atomic_path, path_of, write_csv
 
 __all__ = ["FORMATS", "cleanlab_records", "export", "format_of", "label_studio_tasks", "table_records"]
 
@@ -54,9 +53,9 @@ def export(
     decisions: Any,
 ) -> Path:
     """See ``Audit.export``."""
+    path = path_of(path, "export: path", OptionError)
     kind = format_of(path, format)
     decided = None if decisions is None else {one.row: one for one in checked(findings, decisions)}
-    path = Path(path)
     if kind == "label-studio":
         content = _json(label_studio_tasks(findings, decided))
     elif kind == "cleanlab":
@@ -183,17 +182,8 @@ def _choice(label: Any) -> Record:
 
 
 def _csv(rows: list[Record]) -> str:
-    """Lists of rows are separated by spaces; what is absent is empty."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
-    writer.writeheader()
-    for row in rows:
-        writer.writerow(
-            {
-                name: " ".join(map(str, value)) if isinstance(value, tuple) else value
-                for name, value in row.items()
-            }
-        )
+    write_csv(text, rows)
     return text.getvalue()
 
 

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from tracin.audit.evidence import evidence_of, opposition_of
+from tracin.audit.labels import labels_of
+from tracin.audit.names import problem_of
 from tracin.audit.neighbours import duplicates_of
-from tracin.audit.parts import Calibration, Cutoff, Duplicates, ranks_of
+from tracin.audit.parts import Calibration, Cutoff, Duplicates, ranks_of, require_calibration
 from tracin.audit.result import Audit
 from tracin.audit.score import flagged_by_doubt, flagged_by_size, score_of, suspicions_of
 from tracin.audit.signals import Seen, features_of, has_head, see, targets_of
@@ -60,7 +62,8 @@ def find_label_issues(
     Args:
         method: A ``TracInCP``, or an ``Index`` of the rows that was opened with its method.
         train: The training rows; an index that was opened with them brings them.
-        class_names: The name of each class, for the table.
+        class_names: The name of each class, for the table; a name that occurs twice gets the number of its class, such as
+            ``"cat (0)"``.
         validation: Rows that training should have helped: adds ``opposes_validation``.
         evidence: How many proponents and opponents to list; 0 for none.
         evidence_rows: Which rows get them: ``"suspects"``: the flagged ones, at least the first 100 by score; ``"all"``; or
@@ -76,8 +79,8 @@ def find_label_issues(
         The audit.
 
     Raises:
-        OptionError: An argument out of range; an index without method or rows; ``class_names`` of another length; and what
-            the verbs of the method refuse.
+        OptionError: An argument out of range or of another type; an index without method or rows; ``class_names`` of
+            another length, or that are no texts; and what the verbs of the method refuse.
         DataError: Fewer than two rows, or labels outside the classes.
 
     Example:
@@ -91,6 +94,11 @@ def find_label_issues(
         >>> audit.table[["given_label", "score", "aum"]].shape
         (12, 3)
     """
+    if calibration is not None:
+        require_calibration(calibration, "find_label_issues")
+    problem = None if class_names is None else problem_of(class_names)
+    if problem is not None:
+        raise OptionError(f"find_label_issues: {problem}")
     asked = _Asked.of(method, train, progress)
     k = whole_number(evidence, "find_label_issues: evidence", 0)
     threshold = _threshold(duplicates, asked)
@@ -119,6 +127,7 @@ def find_label_issues(
         given_labels=judged.given,
         suggested_labels=judged.suggested,
         predicted_labels=seen.predicted,
+        labels=labels_of(asked.method, asked.train, judged.given, seen.classes),
         classes=seen.classes,
         class_names=class_names,
         evidence=found,
@@ -170,6 +179,8 @@ class _Asked:
             )
         if index is not None and len(index) != n:
             raise OptionError(f"find_label_issues: the index has {len(index)} rows, and train {n}.")
+        if index is not None:
+            index.check_rows(train)
         return cls(method, train, index, n)
 
     def self_influence(self) -> SelfInfluence:
@@ -179,7 +190,11 @@ class _Asked:
         return self.index.asking(plain).self_influence()
 
 
-def _checked(own: SelfInfluence, asked: _Asked) -> SelfInfluence:
+def _checked(own: Any, asked: _Asked) -> SelfInfluence:
+    if not isinstance(own, SelfInfluence):
+        raise OptionError(
+            f"find_label_issues: self_influence is a {type(own).__name__}. Give what method.self_influence(train) returned."
+        )
     if own.train_ids.tolist() != list(range(asked.rows)):
         raise OptionError(
             f"find_label_issues: self_influence is of {len(own.values)} rows, and not of all {asked.rows} in their order."
@@ -256,14 +271,11 @@ def _duplicates(asked: _Asked, seen: Seen, threshold: float | None) -> Duplicate
 
 
 def _check_names(names: Sequence[str] | None, seen: Seen) -> None:
-    if names is None:
-        return
-    if isinstance(names, str | bytes) or seen.classes is None or len(names) != seen.classes:
+    if names is not None and len(names) != seen.classes:
         there = "no classes" if seen.classes is None else f"{seen.classes} classes"
-        given = (
-            f"is a {type(names).__name__}" if isinstance(names, str | bytes) else f"has {len(names)} names"
+        raise OptionError(
+            f"find_label_issues: class_names has {len(names)} names, and the task has {there}. Give a name for each class."
         )
-        raise OptionError(f"find_label_issues: class_names {given}, and the task has {there}.")
 
 
 def _notes(

@@ -13,10 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tracin.errors import ResultError
+from tracin.audit.names import problem_of, unique_names
+from tracin.errors import OptionError, ResultError
 from tracin.shapes import Bool, Float, Int
 
-__all__ = ["FLAGGED", "NONE", "Calibration", "Cutoff", "Duplicates", "Evidence", "Findings", "ranks_of"]
+__all__ = [
+    "FLAGGED",
+    "NONE",
+    "Calibration",
+    "Cutoff",
+    "Duplicates",
+    "Evidence",
+    "Findings",
+    "ranks_of",
+    "require_calibration",
+]
 
 FLAGGED = 0.5
 """The score from which on the rule flags a row where nothing was calibrated."""
@@ -163,7 +174,7 @@ class Calibration:
     scores are those of wrong labels (Blanchard, Lee and Scott 2010); t runs over the thresholds that find half or more.
 
     Args:
-        thresholds: Thresholds t in descending order.
+        thresholds: Thresholds t in descending order; ``calibrate`` leaves out those that flag fewer than 10 rows.
         precision: The share of flagged rows that is expected to be wrong among the given labels.
         found: F(t).
         flagged: U(t).
@@ -211,6 +222,22 @@ class Calibration:
         return Cutoff(self.thresholds[at], why, self.precision[at])
 
 
+def require_calibration(value: Any, where: str) -> None:
+    """Refuse what is no calibration.
+
+    Args:
+        value: What the user gave.
+        where: Who took it.
+
+    Raises:
+        OptionError: It is something else.
+    """
+    if not isinstance(value, Calibration):
+        raise OptionError(
+            f"{where}: calibration is a {type(value).__name__}. Give what tracin.audit.calibrate(study) returned."
+        )
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Findings:
     """The numbers of an audit, one per training row in the order of the rows.
@@ -222,8 +249,10 @@ class Findings:
         given_labels: The given classes, int64, or targets, float64 [n]; None where the task tells none.
         suggested_labels: The suggested classes or targets [n]; None where there are none.
         predicted_labels: The classes preferred on average over the checkpoints [n], likewise.
+        labels: The labels as the training rows have them [n, ...], which ``apply`` gives back; None where they are
+            ``given_labels``.
         classes: The number of classes; None for a task without.
-        class_names: The name of each class.
+        class_names: The name of each class; names that occur twice get the number of their class.
         evidence: Proponents and opponents of some rows.
         duplicates: Near-duplicates with different labels.
         cutoff: Where the flag ends, and why.
@@ -239,6 +268,7 @@ class Findings:
     given_labels: Tensor | None = None
     suggested_labels: Tensor | None = None
     predicted_labels: Tensor | None = None
+    labels: Tensor | None = None
     classes: int | None = None
     class_names: Sequence[str] | None = None
     evidence: Evidence | None = None
@@ -260,8 +290,13 @@ class Findings:
                 raise ResultError(f"Audit: {name} is {list(values.shape)}, and there are {n} rows.")
         if not bool(((self.score >= 0) & (self.score <= 1)).all()):
             raise ResultError("Audit: a score is not from 0 to 1.")
-        names = None if self.class_names is None else tuple(str(name) for name in self.class_names)
-        object.__setattr__(self, "class_names", names)
+        if self.labels is not None and tuple(self.labels.shape[:1]) != (n,):
+            raise ResultError(f"Audit: labels is {list(self.labels.shape)}, and there are {n} rows.")
+        if self.class_names is not None:
+            problem = problem_of(self.class_names)
+            if problem is not None:
+                raise ResultError(f"Audit: {problem}")
+            object.__setattr__(self, "class_names", unique_names(self.class_names))
         object.__setattr__(self, "notes", tuple(self.notes))
         object.__setattr__(self, "signals", dict(self.signals))
 

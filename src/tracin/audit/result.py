@@ -11,7 +11,7 @@ from torch import Tensor
 from tracin.audit import decisions as deciding
 from tracin.audit import export, saving, table
 from tracin.audit.decisions import Cleaned, Decision
-from tracin.audit.parts import Calibration, Findings
+from tracin.audit.parts import Calibration, Findings, require_calibration
 from tracin.shapes import Int
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ class Audit(Findings):
         """A row per training example in their order; the index is the row.
 
         Columns, as far as the task has them: ``row, given_label, suggested_label, score, is_issue, rank, self_influence,
-        self_influence_rank, loss, mean_loss, residual, margin, aum, proponent_agreement, proponents, opponents, duplicates,
-        opposes_validation``.
+        self_influence_rank, loss, mean_loss, residual, margin, aum, neighbour_agreement, doubt, proponent_agreement,
+        proponents, opponents, duplicates, opposes_validation``.
         """
         return table.pandas(self)
 
@@ -85,14 +85,15 @@ class Audit(Findings):
 
         Args:
             k: How many rows; the flagged ones unless given.
-            action: ``"relabel"`` to the suggested label, which is the default for classes, ``"remove"``, the default
-                otherwise, or ``"keep"``.
+            action: ``"relabel"`` to the suggested label, which is the default where labels are classes, ``"remove"``, the
+                default otherwise, or ``"keep"``.
 
         Returns:
-            The decisions.
+            The decisions, which ``apply`` takes.
 
         Raises:
-            OptionError: k is outside the number of rows, or there is nothing to relabel to.
+            OptionError: k is outside the number of rows, there is nothing to relabel to, or labels that no class can
+                replace, such as probabilities.
         """
         return deciding.suggested(self, k, action)
 
@@ -100,14 +101,16 @@ class Audit(Findings):
         """The rows and labels after decisions; rows without one stay as they are.
 
         Args:
-            decisions: A mapping of rows to ``"keep"``, ``"remove"`` or ``("relabel", class name or number)``; or an iterable
-                of ``Decision(row, action, label)``, such as ``suggested()``.
+            decisions: A mapping of rows to ``"keep"``, ``"remove"`` or ``("relabel", class)``; or an iterable of
+                ``Decision(row, action, label)``, such as ``suggested()``. A text is the name of a class, a number its
+                number, whatever the names are: ``"2"`` is the class that is called so, 2 the third one.
 
         Returns:
-            The rows that stay and their labels.
+            The rows that stay and their labels, in the dtype and shape of the training rows.
 
         Raises:
-            OptionError: A row that does not exist or is decided twice, an unknown action, or a class that does not exist.
+            OptionError: A row that does not exist or is decided twice, an unknown action, a class that does not exist, or
+                another label where labels are probabilities or the dtype has no room for it.
         """
         return deciding.apply(self, decisions)
 
@@ -133,7 +136,11 @@ class Audit(Findings):
 
         Returns:
             The audit; a row is flagged where its score reaches the cut-off.
+
+        Raises:
+            OptionError: It is no calibration.
         """
+        require_calibration(calibration, "Audit.calibrated")
         cutoff = calibration.cutoff
         return replace(self, is_issue=self.score >= cutoff.score, cutoff=cutoff, calibration=calibration)
 
@@ -145,19 +152,21 @@ class Audit(Findings):
     ) -> Path:
         """Write the table for another tool, whole or not at all.
 
+        In a CSV a text that a spreadsheet would run as a formula, such as the class ``=1+1``, has an apostrophe before it.
+
         Args:
             path: The file.
             format: ``"csv"``, ``"parquet"``, ``"json"``; ``"cleanlab"``: a CSV with is_label_issue, label_score (1 − score),
                 given_label and predicted_label; ``"label-studio"``: JSON tasks of the flagged rows. By the file's suffix
                 unless given.
-            decisions: As ``apply`` takes them: two more columns, ``decision`` and ``decided_label``; annotations in Label
-                Studio tasks.
+            decisions: As ``apply`` takes them, and classes also where the labels are probabilities: two more columns,
+                ``decision`` and ``decided_label``; annotations in Label Studio tasks.
 
         Returns:
             The path.
 
         Raises:
-            OptionError: An unknown format, a format that needs classes, or decisions that do not fit.
+            OptionError: An unknown format, a format that needs classes, decisions that do not fit, or no path.
             MissingExtraError: Parquet needs pyarrow.
             ResultError: The file cannot be written.
         """
@@ -173,6 +182,7 @@ class Audit(Findings):
             The file.
 
         Raises:
+            OptionError: The folder is no path.
             ResultError: It cannot be written.
         """
         return saving.save(self, folder)
@@ -188,6 +198,7 @@ class Audit(Findings):
             The audit.
 
         Raises:
+            OptionError: The folder is no path.
             ResultError: There is none, it is damaged, or of another version.
         """
         return cls(**saving.load(folder))

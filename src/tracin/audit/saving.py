@@ -11,19 +11,21 @@ import torch
 from torch import Tensor
 
 from tracin.audit.parts import Calibration, Cutoff, Duplicates, Evidence, Findings
-from tracin.errors import ResultError
+from tracin.errors import OptionError, ResultError
+from tracin.files import path_of
 from tracin.results.saving import Form, check_provenance, check_tensors, read_content, write_content
 
 __all__ = ["FILE", "load", "save"]
 
 FILE = "audit.safetensors"
 FORM = Form("tracin.audit", 1, "audit", sealed=True)
-_LABELS = ("given_labels", "suggested_labels", "predicted_labels")
+_LABELS = ("given_labels", "suggested_labels", "predicted_labels", "labels")
 _EVIDENCE = ("rows", "proponents", "proponent_scores", "opponents", "opponent_scores")
 
 
 def save(findings: Findings, folder: str | Path) -> Path:
     """See ``Audit.save``."""
+    path = path_of(folder, "Audit.save: folder", OptionError) / FILE
     tensors: dict[str, Tensor] = {"score": findings.score, "is_issue": findings.is_issue}
     tensors |= {f"signals.{name}": values for name, values in findings.signals.items()}
     for name in _LABELS:
@@ -48,7 +50,6 @@ def save(findings: Findings, folder: str | Path) -> Path:
         "calibration": None if findings.calibration is None else asdict(findings.calibration),
         "threshold": None if findings.duplicates is None else findings.duplicates.threshold,
     }
-    path = Path(folder) / FILE
     write_content(path, tensors, _plain(content), FORM)
     return path
 
@@ -70,9 +71,10 @@ def load(folder: str | Path) -> dict[str, Any]:
         What ``Findings`` takes.
 
     Raises:
+        OptionError: The folder is no path.
         ResultError: There is none, or it is damaged or of another version.
     """
-    path = Path(folder)
+    path = path_of(folder, "Audit.load: folder", OptionError)
     path = path / FILE if path.is_dir() or path.suffix != ".safetensors" else path
     tensors, content = read_content(path, FORM, "Audit")
     try:

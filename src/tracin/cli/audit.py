@@ -27,6 +27,7 @@ KEPT = "audit"
 """The folder under ``--out`` that holds the audit itself."""
 
 _PAIRS = 5
+_PRECISION = 0.9
 _FILES = {"cleanlab": "cleanlab.csv", "label-studio": "label-studio.json"}
 
 
@@ -34,8 +35,7 @@ def run(command: options.Audit) -> int:
     """Rank the training rows by how suspect their labels are."""
     refuse_below_one("--top", command.top)
     whole_number(command.evidence, "--evidence", 0)
-    if not 0.0 < command.precision < 1.0:
-        raise OptionError(f"--precision is {command.precision}: give a share between 0 and 1.")
+    _refuse_unused(command)
     folder = Folder(command.output.out, command.output.format)
     with study_file(command.file) as study:
         method = command.settings.method(study)
@@ -49,6 +49,21 @@ def run(command: options.Audit) -> int:
             _keep(folder, command, study, found, own)
     folder.tell()
     return 0
+
+
+def _refuse_unused(command: options.Audit) -> None:
+    """What would be read by nothing is a mistake."""
+    if command.precision is not None:
+        if not 0.0 < command.precision < 1.0:
+            raise OptionError(f"--precision is {command.precision}: give a share between 0 and 1.")
+        if not command.calibrate:
+            raise OptionError(
+                "--precision is for the cut-off of --calibrate: add --calibrate, or leave it out."
+            )
+    if command.export and command.output.out is None:
+        raise OptionError(
+            f"--export {' '.join(command.export)} writes into the folder of --out: add --out FOLDER, or leave it out."
+        )
 
 
 def _audited(
@@ -65,7 +80,8 @@ def _audited(
     )
     if not command.calibrate:
         return found
-    return found.calibrated(calibrate(study, precision=command.precision, method=method))
+    precision = _PRECISION if command.precision is None else command.precision
+    return found.calibrated(calibrate(study, precision=precision, method=method))
 
 
 def _tell(command: options.Audit, study: Study, found: Audit) -> None:
@@ -138,7 +154,7 @@ def suspects_of(study: Study, found: Audit) -> list[dict[str, Any]]:
             **{name: values[row] for name, values in listed.items()},
         }
         if study.class_names is not None:
-            told |= {f"{name}_name": study.class_name(values[row]) for name, values in listed.items()}
+            told |= {f"{name}_name": str(found.label_name(values[row])) for name, values in listed.items()}
         for name in ("score", "is_issue", "loss", "mean_loss", "residual", "margin", "aum", "self_influence"):
             if name in record:
                 told[name] = record[name]

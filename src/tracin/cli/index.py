@@ -40,27 +40,20 @@ class FromFile:
     Attributes:
         file: The study file.
         settings: How to run.
-        first: The first row that is traced.
     """
 
     file: Path
     settings: Settings
-    first: int = 0
 
     @contextmanager
     def opened(self) -> Iterator[tuple[TracInCP, Any]]:
         """Run the file.
 
         Yields:
-            The method, and the rows from ``first`` on.
+            The method, and the training rows.
         """
         with study_file(self.file) as study:
-            method = self.settings.method(study)
-            if not self.first:
-                yield method, study.train
-                return
-            n = _length(study.train, method)
-            yield method, rows_of(study.train, range(self.first, n))
+            yield self.settings.method(study), study.train
 
 
 def _length(data: Any, method: TracInCP) -> int:
@@ -88,11 +81,11 @@ def build(command: options.Build) -> int:
     return info(options.Inside(command.out))
 
 
-def _labels(file: Path, settings: Settings, first: int = 0) -> dict[str, Sequence[int]]:
-    """The labels of the training rows from ``first`` on."""
+def _labels(file: Path, settings: Settings) -> dict[str, Sequence[int]]:
+    """The labels of the training rows."""
     with study_file(file) as study:
         method = settings.method(study)
-        rows = range(first, _length(study.train, method))
+        rows = range(_length(study.train, method))
         found = evaluate_rows(method, study.train, rows, name="train", trajectory=method.trajectory[-1:])
         if found.labels is None:
             raise OptionError(
@@ -106,12 +99,11 @@ def append(command: options.Append) -> int:
     contents = contents_of(storage_of(command.out))
     with study_file(command.file) as study:
         n = _length(study.train, command.settings.method(study))
-    first = (
-        contents.segments[-1].start if n == contents.rows and len(contents.segments) > 1 else contents.rows
-    )
-    if n <= first:
+    first = contents.rows
+    going_on = n == first and len(contents.segments) > 1
+    if n <= first and not going_on:
         raise OptionError(
-            f"append: the study has {n} training rows, and the index {contents.rows}. There is nothing to add."
+            f"append: the study has {n} training rows, and the index {first}. There is nothing to add."
         )
     others = [name for name in contents.columns if name != "label"]
     if others:
@@ -119,9 +111,8 @@ def append(command: options.Append) -> int:
             f"append: the index has the columns {', '.join(others)}. Add rows from Python: Index.open(folder, "
             "method).append(rows, columns=...)."
         )
-    columns = _labels(command.file, command.settings, first) if contents.columns else None
-    executor = _executor(command.who)
-    verbs.append(contents, FromFile(command.file, command.settings, first), columns, executor)
+    columns = _labels(command.file, command.settings) if contents.columns and not going_on else None
+    verbs.grow(contents, FromFile(command.file, command.settings), columns, _executor(command.who))
     return info(options.Inside(command.out))
 
 
@@ -182,6 +173,8 @@ def _records(
     for sign, side in (("proponent", found.proponents), ("opponent", found.opponents)):
         for at, (ids, values) in enumerate(zip(side.ids.tolist(), side.values.tolist(), strict=True)):
             for rank, (row, score) in enumerate(zip(ids, values, strict=True), start=1):
+                if score > 0 if sign == "opponent" else score < 0:
+                    break  # fewer rows than were asked for have this sign
                 label = facts[row].label
                 records.append(
                     {
@@ -202,7 +195,10 @@ def _tell(records: Sequence[dict[str, Any]], found: TopK) -> None:
         for sign in ("proponent", "opponent"):
             lines = [r for r in records if r["query"] == row and r["sign"] == sign]
             shown = [{key: r[key] for key in ("rank", "train", "score", "label")} for r in lines]
-            table(shown, f"{sign.capitalize()}s")
+            if shown:
+                table(shown, f"{sign.capitalize()}s")
+            else:
+                say(f"{sign.capitalize()}s: none; no row has a score of this sign.")
     say()
     for note in found.notes:
         say(note[0].upper() + note[1:])
@@ -238,10 +234,11 @@ def verify(command: options.Check) -> int:
     """Read everything again."""
     broken = Index.open(command.folder).verify()
     if not broken:
-        say(f"{command.folder}: every shard is there and is what was written.")
+        say(f"{command.folder}: every file is there and is what was written.")
         return 0
     say(
-        f"{command.folder}: {len(broken)} shards are missing or damaged. The same index build makes them anew:"
+        f"{command.folder}: {len(broken)} files are missing or damaged. index build, with the same options and all rows, makes "
+        "shards and columns anew:"
     )
-    table([{"shard": name} for name in broken])
+    table([{"file": name} for name in broken])
     return 1

@@ -118,8 +118,8 @@ class Audit:
     """Make labels wrong on purpose, train anew by the study's fit, and choose the cut-off by what is found. Takes as long as
     a training."""
 
-    precision: float = 0.9
-    """With --calibrate: the share of flagged rows that is to be wrong."""
+    precision: float | None = None
+    """With --calibrate: the share of flagged rows that is to be wrong; 0.9 unless given."""
 
     index: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Read self-influence and evidence from this index of the training rows instead of computing them."""

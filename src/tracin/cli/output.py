@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import Any
 
 from tracin.cli.printing import say
 from tracin.errors import MissingExtraError, OptionError, ResultError
-from tracin.files import atomic_path, probe_folder
+from tracin.files import atomic_path, probe_folder, write_csv
 
 __all__ = ["Folder"]
 
@@ -113,9 +112,7 @@ def _probe(folder: Path) -> None:
 
 def _write_csv(path: Path, rows: Records) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
-        writer.writeheader()
-        writer.writerows(rows)
+        write_csv(file, rows)
 
 
 def _write_json(path: Path, rows: Records) -> None:

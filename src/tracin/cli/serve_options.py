@@ -34,15 +34,15 @@ class Serve:
     """At which address. Any but the loopback needs --token."""
 
     token: str | None = None
-    """What a visitor must show, 16 characters or more: open the page once as /?token=TOKEN. TRACIN_TOKEN in the environment
-    does the same, and is not seen in the list of processes."""
+    """What a visitor must show, 16 or more of A to Z, a to z, 0 to 9 and - . _ ~: open the page once as /?token=TOKEN.
+    TRACIN_TOKEN in the environment does the same, and is not seen in the list of processes."""
 
     name: tuple[str, ...] = ()
     """Further host names under which the page is reached, such as that of a proxy."""
 
     out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Keep audit, pages and decisions in this folder, to serve it later or elsewhere, and report.html, the pages as one file
-    to send to a colleague."""
+    to send to a colleague, which is written again at Ctrl-C where decisions were made."""
 
     decisions: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
     """The log of decisions. By default decisions.jsonl in the folder, or FILE.decisions.jsonl beside the study file."""

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp
 
 from tracin.errors import MissingExtraError, OptionError, ResultError, TracinError
 from tracin.explorer.asking import SuspectFilter, TestFilter, choice, natural
-from tracin.explorer.decisions import ConflictError, DecisionLog
+from tracin.explorer.decisions import ConflictError, DecisionLog, OtherLogError
 from tracin.explorer.explaining import shortened
 from tracin.explorer.faces import Face
 from tracin.explorer.pages import LISTED, Source
@@ -167,7 +167,7 @@ class Explorer:
 
     async def study(self, request: Request) -> Response:
         """What is served."""
-        return await self._kept(request, self.source.study)
+        return await self._kept(request, lambda: {**self.source.study(), "log": self.log.identity})
 
     async def tests(self, request: Request) -> Response:
         """Test rows."""
@@ -234,7 +234,8 @@ class Explorer:
         """What was decided after an entry of the log."""
         since = natural(request.query_params, "since", 0, 0, 10**12)
         await self._fresh()
-        return Response(_json(self.log.changes(since)), media_type="application/json")
+        told = {**self.log.changes(since), "log": self.log.identity}
+        return Response(_json(told), media_type="application/json")
 
     async def _fresh(self) -> int:
         """The last entry of the log, with those of other processes."""
@@ -242,13 +243,14 @@ class Explorer:
 
     async def decide(self, request: Request) -> Response:
         """Take a decision."""
-        posted = decision_of(await _posted(request), self.source.content)
+        body, n = await _posted(request), len(self.source.content.audit)
+        posted = decision_of(body, self.log.identity, n, self.log.labels)
         entry = await run_in_threadpool(self.log.decide, *posted)
         return Response(_json({"seq": entry.seq, "decision": entry.told()}), media_type="application/json")
 
     async def undo(self, request: Request) -> Response:
         """Take a decision back."""
-        posted = undo_of(await _posted(request))
+        posted = undo_of(await _posted(request), self.log.identity)
         entry, now = await run_in_threadpool(self.log.undo, *posted)
         told = {"seq": entry.seq, "row": entry.row, "decision": None if now is None else now.told()}
         return Response(_json(told), media_type="application/json")
@@ -263,7 +265,7 @@ class Explorer:
         return Response(body, media_type=media, headers=headers)
 
     def _exported(self, kind: str) -> bytes:
-        names = self.source.content.names
+        names = self.log.labels.names
         decisions = {
             row: ("relabel", names.index(str(one.label)) if names is not None else one.label)
             if one.action == "relabel"
@@ -312,6 +314,8 @@ async def _on_error(_: Request, error: Exception) -> Response:
         return _error(error.status, error.told)
     if isinstance(error, ConflictError):
         return _error(409, str(error), decision=None if error.now is None else error.now.told())
+    if isinstance(error, OtherLogError):
+        return _error(409, str(error), log=error.log)
     if isinstance(error, BusyError):
         return _error(503, str(error))
     if isinstance(error, HTTPException):

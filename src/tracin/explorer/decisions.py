@@ -11,29 +11,29 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from tracin.audit import Audit
 from tracin.audit import Decision as Chosen
 from tracin.errors import OptionError, ResultError
+from tracin.explorer.entries import ACTIONS, UNDO, Decision, Labels, entry_of, json_of, rows_of
+from tracin.explorer.logfile import FORMAT, flush_folder, no_log, opened, unwritable
 
 try:
     import fcntl
 except ImportError:  # Windows: the log is then for one process at a time
     fcntl = None
 
-__all__ = ["ACTIONS", "ConflictError", "Decision", "DecisionLog", "rows_of"]
+__all__ = ["ACTIONS", "ConflictError", "Decision", "DecisionLog", "OtherLogError"]
 
-ACTIONS = ("keep", "relabel", "remove")
-UNDO = "undo"
-FORMAT, VERSION = "tracin.decisions", 1
+VERSION = 1
 
 
 class ConflictError(OptionError):
@@ -52,44 +52,19 @@ class ConflictError(OptionError):
         self.row, self.now = row, now
 
 
-@dataclass(frozen=True)
-class Decision:
-    """An entry of the log.
+class OtherLogError(OptionError):
+    """What was posted is for another log than the one that is served.
 
     Args:
-        seq: Its place in the log, from 1.
-        id: What the client calls it.
-        at: When, in UTC.
-        row: The training row.
-        action: ``keep``, ``relabel``, ``remove``, or ``undo``.
-        label: With ``relabel``: the class by name, or the target.
-        undoes: With ``undo``: the entry that is undone.
+        log: The ``identity`` of the one that is served.
     """
 
-    seq: int
-    id: str
-    at: str
-    row: int
-    action: str
-    label: str | float | None = None
-    undoes: int | None = None
-
-    def told(self) -> dict[str, Any]:
-        """What the page reads: ``{action, label, seq, at}``."""
-        return {"action": self.action, "label": self.label, "seq": self.seq, "at": self.at}
-
-
-def rows_of(audit: Audit) -> str:
-    """A short name of the rows that decisions are on: their number and given labels.
-
-    Args:
-        audit: The audit.
-
-    Returns:
-        Hexadecimal digits.
-    """
-    labels = b"" if audit.given_labels is None else audit.given_labels.numpy().tobytes()
-    return blake2b(labels, digest_size=12, salt=b"tracin rows").hexdigest() + f"-{len(audit)}"
+    def __init__(self, log: str) -> None:
+        super().__init__(
+            "another study is served here now: the decision was made in the page of an earlier one, and is not taken. Load the "
+            "page anew, and decide there."
+        )
+        self.log = log
 
 
 class DecisionLog:
@@ -98,13 +73,16 @@ class DecisionLog:
     Args:
         path: The file. Made, with its folder, if it is missing.
         audit: The audit of the rows.
+        names: A name per class, as the pages show them; those of the audit unless given.
 
     Raises:
-        ResultError: It cannot be written, is of other rows, or is damaged.
+        ResultError: It cannot be written, is of other rows or classes, or is damaged.
     """
 
-    def __init__(self, path: str | Path, audit: Audit) -> None:
+    def __init__(self, path: str | Path, audit: Audit, names: tuple[str, ...] | None = None) -> None:
         self.path, self._rows, self._n = Path(path), rows_of(audit), len(audit)
+        self.labels = Labels.of(audit, names)
+        self.identity = ""
         self._mine = threading.RLock()
         self._entries: list[Decision] = []
         self._by_id: dict[str, Decision] = {}
@@ -112,9 +90,7 @@ class DecisionLog:
         self._read_to = 0
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # A link in a stranger's folder must not lead to a file of the user's.
-            more = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | more, 0o644)
+            self._file = opened(self.path, make=True)
         except OSError as error:
             raise self._unwritable(error) from error
         try:
@@ -122,8 +98,8 @@ class DecisionLog:
                 self._read()
                 if self._read_to == 0:
                     self._check_torn_head()
-                    self._add(self._head)
-                    _flush_folder(self.path.parent)
+                    self._add({**self._head, "id": secrets.token_hex(8)})
+                    flush_folder(self.path.parent)
                     self._read()
                 elif self.stale:
                     os.ftruncate(self._file, self._read_to)
@@ -286,55 +262,68 @@ class DecisionLog:
             if not part:
                 break
             added += part
-        for line in added.splitlines(keepends=True):
-            if not line.endswith(b"\n"):
-                break
-            self._take(line)
+        *lines, _ = added.split(b"\n")
+        for line in lines:
+            self._take(line + b"\n")
 
     def _take(self, line: bytes) -> None:
         try:
-            record = json.loads(line)
+            record = json_of(line)
             if self._read_to == 0:
                 self._check_head(record)
             else:
-                self._count(Decision(**record))
-        except (ValueError, TypeError, LookupError) as error:
-            if isinstance(error, ResultError):
-                raise
+                self._count(entry_of(record, self._n, self.labels))
+        except ResultError:
+            raise
+        except ValueError as error:
+            if self._read_to == 0:
+                raise ResultError(no_log(self.path)) from error
             raise ResultError(
-                f"{self.path}: line {self.seq + 2} is no decision ({error}). Take the file from a backup, or cut it off before "
-                "this line."
+                f"{self.path}: line {self.seq + 2} is no decision ({str(error).rstrip('.')}). Take the file from a backup, or "
+                "cut it off before this line."
             ) from error
         self._read_to += len(line)
 
     @property
     def _head(self) -> dict[str, Any]:
-        return {"format": FORMAT, "version": VERSION, "rows": self._rows}
+        return {"format": FORMAT, "version": VERSION, "rows": self._rows, "classes": self.labels.tag}
 
     def _check_torn_head(self) -> None:
         """Without a whole line a file is empty, or the beginning of a log; anything else is somebody's file."""
         os.lseek(self._file, 0, os.SEEK_SET)
-        if not _line(self._head).startswith(os.read(self._file, 1 << 16)):
-            raise ResultError(f"{self.path} is no log of decisions. Name another file with --decisions.")
+        there = os.read(self._file, 1 << 16)
+        begin = _line(self._head).rstrip(b"}\n")
+        whole = len(_line({**self._head, "id": "0" * 16}))
+        if not begin.startswith(there) and not (there.startswith(begin) and len(there) < whole):
+            raise ResultError(no_log(self.path))
 
     def _check_head(self, record: Any) -> None:
         if not isinstance(record, dict) or record.get("format") != FORMAT:
-            raise ResultError(f"{self.path} is no log of decisions. Name another file with --decisions.")
+            raise ResultError(no_log(self.path))
         if record.get("version") != VERSION:
             raise ResultError(
                 f"{self.path} was written by another version of tracin. Name another file with --decisions."
             )
-        if record.get("rows") != self._rows:
+        for name, told in (
+            ("rows", "training rows: their number or their labels differ"),
+            ("classes", "classes: their names or their order differ"),
+        ):
+            if record.get(name) != self._head[name]:
+                raise ResultError(
+                    f"{self.path} holds decisions on other {told}. Name another file with --decisions."
+                )
+        identity = record.get("id")
+        if not isinstance(identity, str) or not identity:
             raise ResultError(
-                f"{self.path} holds decisions on other training rows: their number or their labels differ. Name another file "
-                "with --decisions."
+                f"{self.path}: line 1 has no id of the log. Take the file from a backup, or name another with --decisions."
             )
+        self.identity = identity
 
     def _count(self, entry: Decision) -> None:
         if entry.seq != self.seq + 1:
             raise ValueError(f"entry {entry.seq} follows {self.seq}")
-        if not 0 <= entry.row < self._n or entry.action not in (*ACTIONS, UNDO):
-            raise ValueError(f"{entry.action!r} on row {entry.row}")
+        if entry.id in self._by_id:
+            raise ValueError(f"the id {entry.id[:40]!r} was given to an earlier entry")
         stack = self._stacks.setdefault(entry.row, [])
         if entry.action == UNDO:
             if not stack or stack[-1].seq != entry.undoes:
@@ -350,11 +339,13 @@ class DecisionLog:
         """One process at a time."""
         if self._file < 0:
             raise ResultError(f"{self.path} is closed.")
-        if fcntl is not None:
-            fcntl.flock(self._file, fcntl.LOCK_EX)
         try:
+            if fcntl is not None:
+                fcntl.flock(self._file, fcntl.LOCK_EX)
             self._check_place()
             yield
+        except OSError as error:
+            raise self._unwritable(error) from error
         finally:
             if fcntl is not None:
                 fcntl.flock(self._file, fcntl.LOCK_UN)
@@ -369,9 +360,7 @@ class DecisionLog:
             raise ResultError(f"{self.path} was replaced while it was in use. Start tracin serve again.")
 
     def _unwritable(self, error: OSError) -> ResultError:
-        return ResultError(
-            f"cannot write {self.path}: {error}. Choose a folder that you may write to and that has room."
-        )
+        return ResultError(unwritable(self.path, error))
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
@@ -380,12 +369,3 @@ def _line(record: Mapping[str, Any]) -> bytes:
 
 def _time() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def _flush_folder(folder: Path) -> None:
-    if hasattr(os, "O_DIRECTORY"):  # Windows cannot open a folder
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 
 from tracin.errors import OptionError
 
@@ -10,6 +11,9 @@ __all__ = ["is_loopback", "require_token"]
 
 SHORTEST_TOKEN = 16
 """Characters of a token."""
+
+_TOKEN = re.compile(r"[A-Za-z0-9._~-]+", re.ASCII)
+"""What stands in an address as it is."""
 
 
 def is_loopback(host: str) -> bool:
@@ -53,9 +57,9 @@ def require_token(host: str, token: str | None) -> str | None:
                 f"with {SHORTEST_TOKEN} characters or more."
             )
         return None
-    if len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
+    if len(token) < SHORTEST_TOKEN or not _TOKEN.fullmatch(token):
         raise OptionError(
-            f"the token has to be {SHORTEST_TOKEN} or more letters, digits and signs without spaces, such as "
-            "python -c 'import secrets; print(secrets.token_urlsafe())' prints."
+            f"the token has to be {SHORTEST_TOKEN} or more of A to Z, a to z, 0 to 9 and - . _ ~, which stand in an address as "
+            "they are, such as python -c 'import secrets; print(secrets.token_urlsafe())' prints."
         )
     return token

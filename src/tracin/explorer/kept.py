@@ -20,8 +20,10 @@ from torch import Tensor
 
 from tracin.audit import Audit
 from tracin.errors import OptionError, ResultError
+from tracin.explorer.entries import json_of
 from tracin.explorer.explaining import shortened
 from tracin.explorer.faces import ABSENT, KINDS, Face
+from tracin.explorer.intact import check_explained, check_face, check_study, check_values
 from tracin.explorer.live import LiveAnswers
 from tracin.explorer.pages import Content, Side, Source, unique_names
 from tracin.explorer.trusting import audit_trust
@@ -164,15 +166,23 @@ class KeptFaces:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], rows: Mapping[str, int]) -> None:
+        if tensors["bytes"].dtype != torch.uint8 or tensors["bytes"].ndim != 1:
+            raise ResultError("the faces are no bytes: keep the folder again.")
         self._bytes = tensors["bytes"].numpy()
         self._places: dict[str, dict[int, tuple[int, int, int]]] = {}
         for side in _SIDES:
+            if tensors[f"{side}.places"].dtype != torch.int64:
+                raise ResultError(
+                    f"the places of the {side} faces are no whole numbers: keep the folder again."
+                )
             listed = tensors[f"{side}.places"].tolist()
             for row, start, end, kind in listed:
                 good = 0 <= row < rows[side] and 0 <= start <= end <= len(self._bytes)
                 if not good or not 0 <= kind < 2 * len(KINDS):
                     raise ResultError(f"the face of {side} row {row} does not fit: keep the folder again.")
             self._places[side] = {row: (start, end, kind) for row, start, end, kind in listed}
+            for row in self._places[side]:
+                check_face(self.of(side, row), f"{side} row {row}")
 
     def of(self, side: str, row: int) -> Face:
         """See ``Faces``.
@@ -288,7 +298,7 @@ def kept_source(folder: str | Path) -> Source:
         return _source(told, rows, faces, _read_json(pages / "explained.json"), audit)
     except ResultError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
         raise ResultError(f"{pages} is damaged ({error!r}): keep the folder again.") from error
 
 
@@ -297,12 +307,15 @@ def _source(
 ) -> Source:
     if told["format"] != FORMAT or told["version"] != VERSION:
         raise ResultError("the folder was kept by another version of tracin: keep it again.")
-    counts = {side: int(told["rows"][side]) for side in _SIDES}
+    check_study(told, audit)
+    counts = {side: told["rows"][side] for side in _SIDES}
+    check_explained(found, counts)
     for name, values in rows.items():
         if tuple(values.shape) != (counts[name.partition(".")[0]],):
             raise ResultError(
                 f"{name} has {list(values.shape)} values for other rows: keep the folder again."
             )
+        check_values(name, values)
     if counts["train"] != len(audit):
         raise ResultError(
             f"the audit is of {len(audit)} rows, and the pages of {counts['train']}: keep the folder again."
@@ -312,8 +325,8 @@ def _source(
     }
     names = told["names"]
     content = Content(
-        title=str(told["title"]),
-        names=None if names is None else tuple(str(name) for name in names),
+        title=told["title"],
+        names=None if names is None else tuple(names),
         train=sides["train"],
         test=sides["test"],
         checkpoints=tuple(dict(checkpoint) for checkpoint in told["checkpoints"]),
@@ -347,8 +360,8 @@ def _audit_alone(folder: Path, audit: Audit) -> Source:
 
 def _read_json(path: Path) -> Any:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        found = json_of(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise ResultError(f"{path} cannot be read ({error}): keep the folder again.") from error
     if not isinstance(found, dict):
         raise ResultError(f"{path} holds no JSON object: keep the folder again.")

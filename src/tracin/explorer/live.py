@@ -118,6 +118,7 @@ def live_source(
         The source of the pages.
     """
     clock = Clock() if clock is None else clock
+    _check_rows(study, method)
     with clock.stage("predictions"):
         train, test = side_of(method, study.train, "train"), side_of(method, study.test, "queries")
     if audit is None:
@@ -142,6 +143,13 @@ def live_source(
         faces=LiveFaces(study),
     )
     return Source(content, LiveAnswers(study, method, content))
+
+
+def _check_rows(study: Study, method: TracInCP) -> None:
+    """Refuse test rows that are none, by the name that the study gives them."""
+    settings = method.settings
+    rows = open_rows(study.test, name="test", batch_size=settings.batch_size, collate=settings.collate)
+    rows.close()
 
 
 def _one(method: TracInCP, data: Any) -> Any:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from tracin import __version__
 from tracin.audit import Audit
+from tracin.audit.names import unique_names
 from tracin.errors import OptionError
 from tracin.explorer.asking import SuspectFilter, TestFilter
 from tracin.explorer.faces import Face, Faces
@@ -28,23 +30,6 @@ HELD_SUSPECTS = 2_000
 """Suspects whose cards are held, for the pages that are made anew after each decision."""
 
 _ALTS = {"train": "training row", "test": "test row", "upload": "upload"}
-
-
-def unique_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Class names; those that occur twice with their number, so that a name stands for one class.
-
-    Args:
-        names: A name per class.
-
-    Returns:
-        Names that differ.
-
-    Example:
-        >>> unique_names(["cat", "dog", "cat"])
-        ('cat (0)', 'dog', 'cat (2)')
-    """
-    listed = [str(name) for name in names]
-    return tuple(name if listed.count(name) == 1 else f"{name} ({at})" for at, name in enumerate(listed))
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,6 +133,19 @@ class Content:
         }
 
 
+def exports_of(audit: Audit) -> list[str]:
+    """The formats that an audit can be written in here: some need classes, and Parquet needs pyarrow."""
+    classes = audit.classes is not None and audit.given_labels is not None
+    able = {
+        "csv": True,
+        "parquet": find_spec("pyarrow") is not None,
+        "json": True,
+        "cleanlab": classes and audit.predicted_labels is not None,
+        "label-studio": classes and audit.suggested_labels is not None,
+    }
+    return [name for name, good in able.items() if good]
+
+
 def _target(suggested: Any) -> float | None:
     """The suggested target as it is, where ``suggested`` has it in four digits."""
     return None if suggested is None or not math.isfinite(suggested) else float(suggested)
@@ -222,6 +220,8 @@ class Source:
             "upload": answers.upload,
             "checkpoints": [dict(checkpoint) for checkpoint in content.checkpoints],
             "version": __version__,
+            "labels": content.audit.given_labels is not None,
+            "exports": exports_of(content.audit),
         }
         return told if answers.upload is not None else {**told, "why_no_upload": answers.why_no_upload}
 
@@ -320,10 +320,12 @@ class Source:
 
     def progress(self, decided: Mapping[int, Mapping[str, Any]]) -> dict[str, int]:
         """How far the decisions are."""
+        flagged = self.content.audit.is_issue
         actions = [decision["action"] for decision in decided.values()]
         return {
             "decided": len(actions),
-            "flagged": int(self.content.audit.is_issue.sum()),
+            "flagged": int(flagged.sum()),
+            "settled": int(flagged[list(decided)].sum()),
             "kept": actions.count("keep"),
             "relabelled": actions.count("relabel"),
             "removed": actions.count("remove"),

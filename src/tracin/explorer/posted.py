@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from tracin.errors import OptionError
-from tracin.explorer.decisions import ACTIONS
-from tracin.explorer.pages import Content
+from tracin.explorer.decisions import OtherLogError
+from tracin.explorer.entries import ACTIONS, Labels
+from tracin.explorer.entries import short as _short
 
 __all__ = ["decision_of", "undo_of"]
 
 LONGEST_ID = 100
 
 
-def decision_of(posted: Any, content: Content) -> tuple[str, int, str, str | float | None, int | None]:
+def decision_of(
+    posted: Any, log: str, n: int, labels: Labels
+) -> tuple[str, int, str, str | float | None, int | None]:
     """A decision.
 
     Args:
-        posted: ``{id, row, action, label, seen}``.
-        content: The rows and classes that there are.
+        posted: ``{log, id, row, action, label, seen}``.
+        log: The identity of the log that is served.
+        n: How many rows there are.
+        labels: The labels that there are.
 
     Returns:
         Its parts.
 
     Raises:
-        OptionError: It has another form, or names what there is not.
+        OptionError: It has another form, or names what there is not; ``OtherLogError`` where it is for another log.
     """
-    posted = _object(posted)
-    row, n = posted.get("row"), len(content.audit)
+    posted = _object(posted, log)
+    row = posted.get("row")
     if not _whole(row) or not 0 <= row < n:
         raise OptionError(f"row {_short(row)} does not exist: the {n:,} rows count from 0 to {n - 1:,}.")
     action = posted.get("action")
@@ -39,34 +43,41 @@ def decision_of(posted: Any, content: Content) -> tuple[str, int, str, str | flo
         raise OptionError(
             f"seen is {_short(seen)}: give the seq of the decision that the page showed, or null."
         )
-    label = _label(posted.get("label"), content) if action == "relabel" else None
+    label = labels.checked(posted.get("label")) if action == "relabel" else None
     if action != "relabel" and posted.get("label") is not None:
         raise OptionError(f"{action} takes no label. Relabel does.")
     return _id(posted), row, action, label, seen
 
 
-def undo_of(posted: Any) -> tuple[str, int]:
+def undo_of(posted: Any, log: str) -> tuple[str, int]:
     """What to undo.
 
     Args:
-        posted: ``{id, seq}``.
+        posted: ``{log, id, seq}``.
+        log: The identity of the log that is served.
 
     Returns:
-        Both.
+        ``id`` and ``seq``.
 
     Raises:
-        OptionError: It has another form.
+        OptionError: It has another form; ``OtherLogError`` where it is for another log.
     """
-    posted = _object(posted)
+    posted = _object(posted, log)
     seq = posted.get("seq")
     if not _whole(seq):
         raise OptionError(f"seq is {_short(seq)}: give the seq of the decision to undo.")
     return _id(posted), seq
 
 
-def _object(posted: Any) -> dict[str, Any]:
+def _object(posted: Any, log: str) -> dict[str, Any]:
+    """What was posted for this log: a tab may still be open of a study that was served at this address before."""
     if not isinstance(posted, dict):
         raise OptionError("send a JSON object.")
+    told = posted.get("log")
+    if not isinstance(told, str):
+        raise OptionError(f"log is {_short(told)}: give the log that /api/study names. Load the page anew.")
+    if told != log:
+        raise OtherLogError(log)
     return posted
 
 
@@ -81,22 +92,3 @@ def _id(posted: dict[str, Any]) -> str:
 
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
-
-
-def _label(label: Any, content: Content) -> str | float:
-    if content.audit.given_labels is None:
-        raise OptionError("the task has no labels that could be changed. Choose keep or remove.")
-    if content.names is None:
-        if isinstance(label, int | float) and not isinstance(label, bool) and math.isfinite(label):
-            return float(label)
-        raise OptionError(f"label is {_short(label)}: give the new target, a number.")
-    if label not in content.names:
-        raise OptionError(
-            f"label {_short(label)} is no class. Choose one of {', '.join(content.names[:20])}."
-        )
-    return label

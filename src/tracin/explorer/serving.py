@@ -27,7 +27,7 @@ def listen(host: str, port: int) -> socket.socket:
         port: 0: any that is free.
 
     Returns:
-        The socket, bound.
+        The socket, bound and listening: who connects is answered once ``serve`` runs, and nobody else can take the address.
 
     Raises:
         OptionError: The address cannot be used.
@@ -44,6 +44,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
+        found.listen(BACKLOG)
     except OSError as error:
         found.close()
         raise OptionError(
@@ -69,9 +70,9 @@ class _Server(uvicorn.Server):
 def serve(
     source: Source,
     log: DecisionLog,
+    place: socket.socket,
     *,
     host: str = "127.0.0.1",
-    port: int = 8000,
     token: str | None = None,
     names: Iterable[str] = (),
     ready: Callable[[str], None] = print,
@@ -81,14 +82,13 @@ def serve(
     Args:
         source: What the pages read.
         log: The decisions.
-        host: Where to listen.
-        port: 0: any that is free.
+        place: What ``listen`` returned; closed at the end, as are the log and the answers of the source.
+        host: Where that listens.
         token: What visitors must show; needed unless the host is the loopback.
         names: Further host names under which it is reached.
         ready: Called with the page's address as soon as it answers.
     """
     require_token(host, token)
-    place = listen(host, port)
     name = f"[{host}]" if ":" in host else host
     url = f"http://{name}:{place.getsockname()[1]}/"
     config = uvicorn.Config(

@@ -95,20 +95,38 @@ def _answers(
     content = source.content
     order = first_tests(content)[:tests]
     listed = source.suspects(SuspectFilter(show="all", limit=0), decided)
-    flagged = source.content.audit.order.tolist()
-    rows = list(dict.fromkeys([*flagged[:suspects], *sorted(decided)]))
+    first = source.content.audit.order[:suspects].tolist()
+    rows = list(dict.fromkeys([*first, *sorted(decided)]))
     held = (
         f"This report holds {len(order):,} of {content.test.rows:,} test rows "
         f"and {len(rows):,} of {content.train.rows:,} training rows."
     )
     return {
-        "study": {**source.study(), "live": False, "upload": None, "why_no_upload": held},
+        "study": {
+            **source.study(),
+            "live": False,
+            "upload": None,
+            "why_no_upload": held,
+            "held_suspects": _held_suspects(source, first, bool(decided)),
+        },
         "tests": [source.test(row) for row in sorted(order)],
         "suspects": [source.suspect(row, decided.get(row)) for row in rows],
         "progress": listed["progress"],
         "explanations": _explanations(source, {"test": order[:explained], "train": rows[:explained]}),
         "trust": source.trust(),
     }
+
+
+def _held_suspects(source: Source, first: Sequence[int], decided: bool) -> str | None:
+    """What the page of suspects lacks, in a sentence; None where it has all."""
+    audit = source.content.audit
+    if len(first) == len(audit):
+        return None
+    inside, flagged = int(audit.is_issue[list(first)].sum()), int(audit.is_issue.sum())
+    return (
+        f"This report holds the first {len(first):,} of {len(audit):,} suspects, by suspicion: "
+        f"{inside:,} of the {flagged:,} flagged rows{', and every decided row' if decided else ''}."
+    )
 
 
 def _explanations(source: Source, rows: Mapping[str, Sequence[int]]) -> dict[str, Any]:

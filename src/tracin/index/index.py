@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tracin.data import RowSource, open_rows
 from tracin.errors import OptionError
 from tracin.gradients.projection import Projection
 from tracin.index.asking import answers
@@ -17,6 +18,7 @@ from tracin.index.kept.shards import DTYPES
 from tracin.index.kept.sidecar import columns_of
 from tracin.index.making import verbs
 from tracin.index.making.building import InMemory
+from tracin.index.making.comparing import refuse_other_length, refuse_other_rows
 from tracin.index.making.executors import Executor, Here, Processes
 from tracin.index.making.tracing import Choices
 from tracin.methods.tracin_cp import TracInCP
@@ -77,8 +79,12 @@ class Index:
 
         Raises:
             OptionError: ``method`` is no ``TracInCP``.
+            DataError: ``train`` are other rows, as for ``open``.
         """
-        return Index(self._contents, _require_method(method), train)
+        other = Index(self._contents, _require_method(method), train)
+        if train is not None and train is not self._train:
+            other._refuse_other_rows(every=False)
+        return other
 
     @property
     def manifest(self) -> Manifest:
@@ -103,7 +109,8 @@ class Index:
         """Compute the gradients of all train rows at all checkpoints, and keep them.
 
         A build that was interrupted goes on where it stopped when it is called again in the same way, and ends in the same
-        bytes. Several may write into one folder.
+        bytes, whatever ``batch_size`` is then: the rows per batch are those of the first call. With the rows of ``append``
+        behind the others it makes what is missing of these too. Several may write into one folder.
 
         Args:
             method: Task, checkpoints and settings.
@@ -122,11 +129,15 @@ class Index:
         Raises:
             OptionError: An argument is out of range.
             IndexFolderError: The folder holds an index of other rows, checkpoints or choices, or cannot be written.
+            DataError: A row is not the one that a shard was made of.
         """
         choices = _choices(method, projection, dtype, shard_rows)
         storage = storage_of(folder)
         verbs.build(storage, InMemory(method, train), choices, columns, _executor(workers))
-        return cls(contents_of(storage), method, train)
+        contents = contents_of(storage)
+        n = len(_source(method, train))
+        # Of an index that has grown meanwhile these are not all rows.
+        return cls(contents, method, train if n == contents.rows else None)
 
     @classmethod
     def open(cls, folder: str | Path, method: TracInCP | None = None, train: Any = None) -> Index:
@@ -135,30 +146,63 @@ class Index:
         Args:
             folder: Where it lies.
             method: The method that it was built with; what asks about queries needs it.
-            train: The train rows, for ``rerank`` and the estimate of the error.
+            train: The train rows, for ``rerank`` and the estimate of the error. Their number is compared, and their
+                content: all of it where they are tensors, else that of each row that is read for an answer.
 
         Returns:
             The index.
 
         Raises:
             IndexFolderError: There is none, or it is damaged.
+            DataError: ``train`` has more or fewer rows than the index, or a row of other content.
         """
         if method is not None:
             _require_method(method)
-        return cls(contents_of(storage_of(folder)), method, train)
+        index = cls(contents_of(storage_of(folder)), method, train)
+        if train is not None:
+            index._refuse_other_rows(every=False)
+        return index
+
+    def check_rows(self, train: Any = None) -> None:
+        """Compare all train rows with those that the index was made of: their number, order and content. Reads all of them.
+
+        Args:
+            train: The rows; those of ``open`` unless given.
+
+        Raises:
+            OptionError: There are none.
+            DataError: There are more or fewer, or one is another; it is named.
+        """
+        train = self._train if train is None else train
+        if train is None:
+            raise OptionError("check_rows needs the train rows: check_rows(train).")
+        Index(self._contents, self._method, train)._refuse_other_rows(every=True)
+
+    def _refuse_other_rows(self, *, every: bool) -> None:
+        c, source = self._contents, _source(self._method, self._train)
+        refuse_other_length(c.storage, c.segments, len(source))
+        if every or not source.decodes:
+            refuse_other_rows(c.storage, c.manifest, c.segments, source, range(c.rows))
 
     def append(
         self,
         rows: Any,
         *,
         columns: Mapping[str, Any] | None = None,
+        start: int | None = None,
         workers: int | Executor = 1,
     ) -> Index:
         """Add rows behind those that are there. Called again with the same rows it goes on where it stopped.
 
+        Where a segment of the index holds these very rows already, nothing is added: what is missing of it is made. To add
+        equal rows once more, say how many rows come before them: ``append(rows, start=len(index))``.
+
         Args:
             rows: The new rows alone; their ids go on from the last one.
             columns: The same columns as those of the other rows.
+            start: How many rows come before them: ``len(index)`` adds the rows whether or not there are equal ones; the
+                first row of a segment goes on with that one. Rows without any tensor cannot be compared: an interrupted
+                ``append`` of them goes on with it only.
             workers: As for ``build``.
 
         Returns:
@@ -166,17 +210,19 @@ class Index:
 
         Raises:
             IndexFolderError: The index is of another model, or cannot be written.
-            OptionError: The columns are not those of the other rows.
+            OptionError: The columns are not those of the other rows or of other types, or no segment begins at ``start``.
+            DataError: A row is not the one that a shard was made of.
         """
         method = self._asked("append")
-        verbs.append(self._contents, InMemory(method, rows), columns, _executor(workers))
+        verbs.append(self._contents, InMemory(method, rows), columns, _executor(workers), start)
         return Index(contents_of(self._contents.storage), method)
 
     def verify(self) -> list[str]:
         """Read every shard again and compare it with its digests.
 
         Returns:
-            The names of shards that are missing or damaged; ``build`` makes them anew.
+            The names of files that are missing or damaged: shards and columns, which ``build`` with all rows and columns
+            makes anew, and segments.
         """
         return self._contents.broken(show=self._method is not None and self._method.settings.progress)
 
@@ -233,7 +279,8 @@ class Index:
 
         Raises:
             OptionError: k is larger than the number of rows, a column is not there, or ``rerank`` has no train rows.
-            IndexFolderError: The index is not whole, damaged, or of another model.
+            IndexFolderError: The index is not whole, damaged, or of another model or training loss.
+            DataError: A train row that is read is not the one that the index was made of.
         """
         asked = self._question("top_k", where)
         executor = _executor(workers)
@@ -293,6 +340,13 @@ class Index:
 
     def _question(self, verb: str, where: Any) -> Asked:
         return Asked.of(self._contents, self._asked(verb), self._train, where)
+
+
+def _source(method: TracInCP | None, train: Any) -> RowSource:
+    if method is None:
+        return open_rows(train, name="train", batch_size="auto")
+    settings = method.settings
+    return open_rows(train, name="train", batch_size=settings.batch_size, collate=settings.collate)
 
 
 def _require_method(method: Any) -> TracInCP:

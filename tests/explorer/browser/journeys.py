@@ -21,13 +21,18 @@ def exported(page):
     """The decisions in the table that the page exports."""
     page.locator(".menu summary").click()
     with page.expect_download() as waiting:
-        page.get_by_role("link", name="CSV").click()
+        page.get_by_role("button", name="CSV").click()
     return decided_rows(waiting.value.path().read_text())
 
 
 def suspects(page):
     """All suspects that the page lists, as the server tells them."""
     return page.evaluate("fetch('api/suspects?show=all&limit=500').then((answer) => answer.json())")["items"]
+
+
+def study_flagged(page):
+    """How many rows the audit flags."""
+    return page.evaluate("fetch('api/suspects').then((answer) => answer.json())")["progress"]["flagged"]
 
 
 def all_suspects(visited):
@@ -74,7 +79,17 @@ def relabel_ten(address, visit):
     expected = {item["row"]: ("relabel", item["suggested"]) for item in items[:9]}
     page.reload()
     page.wait_for_selector(".progress-words")
-    until(page, "document.querySelector('.progress-words b').textContent === '9'")
+    # The bar counts flagged rows alone; what else is decided is said beside it.
+    flagged = sum(item["flagged"] for item in items[:9])
+    others = f" · {9 - flagged} other row{'' if flagged == 8 else 's'} decided" if flagged < 9 else ""
+    total = study_flagged(page)
+    told = f"{flagged} of {total} flagged decided{others}" if total else f"No row is flagged{others}"
+    until(page, f"document.querySelector('.progress-words span').textContent === '{told}'")
+    bar = page.get_by_role("progressbar")
+    assert (bar.get_attribute("aria-valuenow"), bar.get_attribute("aria-valuemax")) == (
+        str(flagged),
+        str(max(total, 1)),
+    )
     assert exported(page) == expected
     page.get_by_role("button", name="Decided", exact=True).click()
     until(page, "document.querySelectorAll('.suspect .badge').length === 9")

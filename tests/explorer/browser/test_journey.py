@@ -53,7 +53,7 @@ def test_two_tabs_see_each_other_and_the_newer_decision_counts(digits, visit):
     for each in (one, other):
         all_suspects(each)
         each.page.keyboard.press("End")
-        until(each.page, "document.querySelector('.panel-place').textContent.startsWith('1,438 ')")
+        until(each.page, "document.querySelector('.panel-place')?.textContent.startsWith('1,438 ')")
     one_by_one(one, "x")
     until(other.page, "document.querySelector('.act.remove').ariaPressed === 'true'")
     # A tab that has not heard of it yet: its decision is refused, said so, and the newer one is shown.
@@ -73,7 +73,7 @@ def test_a_decision_that_does_not_arrive_is_told_and_sent_again(digits, visit):
     page = seen.page
     all_suspects(seen)
     page.keyboard.press("End")
-    until(page, "document.querySelector('.panel-place').textContent.startsWith('1,438 ')")
+    until(page, "document.querySelector('.panel-place')?.textContent.startsWith('1,438 ')")
     seen.allowed = ("ERR_FAILED",)
     page.route("**/api/decisions", lambda route: route.abort())
     page.keyboard.press("k")
@@ -99,7 +99,7 @@ def test_a_long_list_holds_few_tiles(digits, visit):
         until(page, "document.activeElement.matches('.suspect[aria-selected=true]')")
         assert page.locator(".tile").count() < 100
     place = page.locator(".suspect[aria-selected=true]").get_attribute("aria-posinset")
-    until(page, f"document.querySelector('.panel-place').textContent.startsWith('{place} ')")
+    until(page, f"document.querySelector('.panel-place')?.textContent.startsWith('{place} ')")
 
 
 def test_ten_thousand_suspects_are_fetched_as_they_come_in_sight(digits, visit):

@@ -37,9 +37,25 @@ def test_the_pages_work_from_a_file_and_ask_nobody(pictures, visit):
     assert page.locator(".act").count() == 0
     page.keyboard.press("k")
     assert page.locator(".badge").count() == 1
+    assert page.locator(".held").count() == 0
     page.keyboard.press("3")
     page.wait_for_selector(".tiles .fact")
     assert [each for each in asked if not each.startswith(("data:", pictures.as_uri()))] == []
+
+
+def test_a_report_of_a_part_says_which_part(browser, visit, tmp_path):
+    source = source_of(picture_study())
+    path = write_static(source, tmp_path / "report.html", suspects=2)
+    flagged = int(source.content.audit.is_issue.sum())
+    inside = int(source.content.audit.is_issue[source.content.audit.order[:2]].sum())
+    source.answers.close()
+    page = visit(f"{path.as_uri()}#/audit").page
+    page.get_by_role("button", name="All", exact=True).click()
+    told = (
+        f"This report holds the first 2 of 90 suspects, by suspicion: {inside} of the {flagged} flagged rows."
+    )
+    page.get_by_text(told).wait_for()
+    assert page.locator(".progress-words").inner_text().startswith(f"0 of {flagged} flagged decided")
 
 
 def test_the_report_has_nothing_serious_for_axe(pictures, visit, axe):

@@ -17,9 +17,9 @@ export class ApiError extends Error {
   }
 }
 
-/** An answer of `path`, with parameters; empty ones are left out. */
+/** An answer of `path`, with parameters; those that are null are left out. */
 export async function get(path, parameters = {}, signal = undefined) {
-  const given = Object.entries(parameters).filter(([, value]) => value !== "" && value !== null && value !== undefined);
+  const given = Object.entries(parameters).filter(([, value]) => value !== null && value !== undefined);
   if (kept !== null) return keptAnswer(path, Object.fromEntries(given));
   const query = new URLSearchParams(given).toString();
   return asked(`api/${path}${query && `?${query}`}`, { signal });
@@ -29,6 +29,14 @@ export async function get(path, parameters = {}, signal = undefined) {
 export async function post(path, body, type = "application/json") {
   const content = type === "application/json" && typeof body === "object" && !(body instanceof Blob) ? JSON.stringify(body) : body;
   return asked(`api/${path}`, { method: "POST", headers: { "Content-Type": type }, body: content });
+}
+
+/** A file of `path`: `{name, content}`. */
+export async function download(path, parameters) {
+  const answer = await answered(`api/${path}?${new URLSearchParams(parameters)}`);
+  if (!answer.ok) throw await failed(answer);
+  const [, name] = /filename="([^"]+)"/.exec(answer.headers.get("Content-Disposition") ?? "") ?? [];
+  return { name: name ?? path, content: await answer.blob() };
 }
 
 /** Where a picture is: the report holds its pictures itself. */
@@ -50,14 +58,21 @@ async function keptAnswer(path, parameters) {
 }
 
 async function asked(address, options) {
-  let answer;
+  const answer = await answered(address, options);
+  if (!answer.ok) throw await failed(answer);
+  return answer.json().catch(() => ({}));
+}
+
+async function answered(address, options = {}) {
   try {
-    answer = await fetch(address, { credentials: "same-origin", ...options });
+    return await fetch(address, { credentials: "same-origin", ...options });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ApiError("The server does not answer. Is tracin serve still running?", 0, {});
   }
+}
+
+async function failed(answer) {
   const body = await answer.json().catch(() => ({}));
-  if (answer.ok) return body;
-  throw new ApiError(body.error ?? `The server answered ${answer.status}.`, answer.status, body);
+  return new ApiError(body.error ?? `The server answered ${answer.status}.`, answer.status, body);
 }

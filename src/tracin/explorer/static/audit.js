@@ -1,42 +1,53 @@
 // The page that decides on suspects: a grid by suspicion beside the evidence on one.
 
 import { get, isReport } from "./api.js";
-import { bar, faceOf } from "./cards.js";
+import { bar, faceOf, labels } from "./cards.js";
 import { fill, h, failure, placeholder, say, segmented, select, toast } from "./dom.js";
 import { Grid } from "./grid.js";
 import { chooseLabel, exportMenu } from "./menus.js";
-import { suspectPanel } from "./suspect.js";
-import { count, digits, many, minus } from "./words.js";
+import { suspectPanel, waitingPanel } from "./suspect.js";
+import { savedMark } from "./unsent.js";
+import { count, decided, many, named } from "./words.js";
 
 /** The page. Answers `{element, keys, close()}`. */
 export function auditPage(study, kept, decisions) {
-  const asked = (kept.audit ??= { show: "flagged", given: "", suggested: "" });
+  const asked = (kept.audit ??= { show: "flagged", given: null, suggested: null });
   const state = h("div", { class: "list-state" });
-  const panel = h("section", { class: "panel", "aria-label": "The suspect" });
+  const panel = h("section", { class: "panel", "aria-label": "The suspect", on: { keydown: once } });
   const progress = h("div", { class: "progress" });
-  const saved = h("div", { class: "saved" });
+  const saved = savedMark(decisions);
   const told = h("p", { class: "list-count" });
-  let current = null;
+  let current = null; // the suspect to decide on; null while it is fetched, so that no key decides on another
+  let waiting = true;
   let place = 0;
   let tally = null;
+  let asking = 0;
+  let stale = false; // the counts wait for what is sent just now
+  let notice = null; // the last decision as it is told: {entry, note}
 
   const grid = new Grid({
     label: "Suspects, the most suspect first",
     fetch: async (offset, limit) => {
       const answer = await get("suspects", { ...asked, offset, limit });
       decisions.learn(answer.items);
-      count_(answer.progress);
       return answer;
     },
     draw: drawTile,
     minimum: 132,
     height: (width) => tileHeight(width),
     gap: 12,
-    onSelect: (item, index) => { current = item; place = index; drawPanel(); },
+    onSelect: (item, index) => { current = item; place = index; waiting = false; drawPanel(); },
+    onWait: (index) => { place = index; wait(); },
     onOpen: () => { element.dataset.open = "true"; },
     onLoad: loaded,
-    onError: (error) => fill(state, failure(error, reload)),
+    onError: (error) => { current = null; waiting = false; drawPanel(); fill(state, failure(error, reload)); },
   });
+
+  function wait() {
+    current = null;
+    waiting = true;
+    drawPanel();
+  }
 
   function tileHeight(width) {
     const first = grid.items.find((item) => item !== undefined);
@@ -49,40 +60,52 @@ export function auditPage(study, kept, decisions) {
     say(`${told.textContent} in the list`);
     grid.measured();
     fill(state, total === 0 && nothing());
-    if (total === 0) { current = null; drawPanel(); } else grid.select(Math.min(place, total - 1));
+    if (total === 0) { current = null; waiting = false; drawPanel(); } else grid.select(Math.min(place, total - 1));
   }
 
   function nothing() {
-    const plain = !asked.given && !asked.suggested;
+    const plain = asked.given === null && asked.suggested === null;
     const all = h("button", { type: "button", on: { click: () => { choose.mark("all"); asked.show = "all"; reload(); } } }, "Show all rows");
-    if (asked.show === "undecided" && plain && tally?.flagged > 0) return placeholder("All decided", "Every flagged row has a decision. Export them, or look through the other rows.", all);
-    if (asked.show === "decided" && plain) return placeholder("Nothing decided yet", "Keep, relabel or remove rows, and they are listed here.");
-    if (asked.show === "flagged" && plain) return placeholder("No row is flagged", "The audit found no label to doubt.", all);
-    return placeholder("No row passes the filter", "Choose other classes, or show all rows.", asked.show !== "all" && all);
+    if (asked.show === "undecided" && plain && tally?.flagged > 0 && tally.settled === tally.flagged) return placeholder("All decided", "Every flagged row has a decision. Export them, or look through the other rows.", all);
+    if (asked.show === "decided" && plain) return placeholder("Nothing decided yet", `${labels.given ? "Keep, relabel" : "Keep"} or remove rows, and they are listed here.`);
+    if (asked.show === "flagged" && plain && !(tally?.flagged > 0)) return placeholder("No row is flagged", `The audit found no ${labels.given ? labels.name : "row"} to doubt.`, all);
+    return placeholder("No row passes the filter", study.classes === null ? "Show all rows." : "Choose other classes, or show all rows.", asked.show !== "all" && all);
   }
 
   function reload() {
     fill(state);
     place = 0;
+    wait();
+    recount();
     return grid.load();
   }
 
-  function count_(found) {
-    tally = found;
-    drawProgress();
+  /** The counts as the server knows them, once it knows every decision of this tab. */
+  async function recount() {
+    const round = ++asking;
+    try {
+      const { progress: found, total } = await get("suspects", { show: "undecided", limit: 1 });
+      if (round !== asking) return;
+      stale = decisions.queue.length > 0;
+      if (stale && tally !== null) return;
+      // A report holds all decided rows, but not all flagged ones, and says itself how many of both there are.
+      tally = { ...found, settled: found.settled ?? found.flagged - total };
+      drawProgress();
+    } catch { /* the list tells why the server does not answer */ }
   }
 
   function drawProgress() {
-    const { flagged, decided, kept: keep, relabelled, removed } = tally;
-    const whole = Math.max(flagged, decided, 1);
-    const part = (value, kind) => { const piece = h("i", { class: kind }); piece.style.width = `${(value / whole) * 100}%`; return piece; };
+    const { flagged, decided: all, settled, kept: keep, relabelled, removed } = tally;
+    const others = all - settled;
+    const words = flagged === 0 ? "No row is flagged" : [h("b", {}, count(settled)), ` of ${count(flagged)} flagged decided`];
+    const done = h("i");
+    done.style.width = `${(settled / Math.max(flagged, 1)) * 100}%`;
     fill(progress,
       h("div", { class: "progress-words" },
-        h("span", {}, h("b", {}, count(decided)), ` decided · ${count(flagged)} flagged`),
+        h("span", {}, words, others > 0 && ` · ${many(others, "other row")} decided`),
         h("span", { class: "tally" },
           h("span", { class: "keep" }, `${count(keep)} kept`), h("span", { class: "relabel" }, `${count(relabelled)} relabelled`), h("span", { class: "remove" }, `${count(removed)} removed`))),
-      h("div", { class: "progress-bar", role: "progressbar", "aria-label": "Decided rows", "aria-valuemin": "0", "aria-valuemax": String(whole), "aria-valuenow": String(decided) },
-        part(keep, "keep"), part(relabelled, "relabel"), part(removed, "remove")));
+      h("div", { class: "progress-bar", role: "progressbar", "aria-label": "Flagged rows that are decided", "aria-valuemin": "0", "aria-valuemax": String(Math.max(flagged, 1)), "aria-valuenow": String(settled) }, done));
   }
 
   function drawTile(item, tile) {
@@ -91,18 +114,19 @@ export function auditPage(study, kept, decisions) {
     fill(tile,
       faceOf(item.face),
       h("div", { class: "tile-labels" },
-        item.given !== null && h("span", { class: "given" }, minus(item.given)),
+        item.given !== null && h("span", { class: "given" }, named(item.given)),
         item.suggested !== null && h("span", { class: "arrow", "aria-hidden": "true" }, "→"),
-        item.suggested !== null && h("b", {}, minus(item.suggested))),
+        item.suggested !== null && h("b", {}, named(item.suggested))),
       h("div", { class: "tile-foot" }, decision === null
         ? [bar(item.score, item.flagged ? "flagged" : ""), h("span", { class: "score" }, item.score.toFixed(3))]
         : h("span", { class: `badge ${decision.action}` }, decided(decision))));
     tile.setAttribute("aria-label", [
-      `Training row ${item.row}`, item.given !== null && `given ${item.given}`, item.suggested !== null && `suggested ${item.suggested}`,
+      `Training row ${item.row}`, item.given !== null && `given ${named(item.given)}`, item.suggested !== null && `suggested ${named(item.suggested)}`,
       `score ${item.score.toFixed(3)}`, decision !== null && decided(decision)].filter(Boolean).join(", "));
   }
 
   function drawPanel() {
+    if (current === null && waiting) return waitingPanel(panel, { place, close });
     if (current === null) return fill(panel, placeholder("No suspect chosen", "Choose a row to see the evidence on it."));
     return suspectPanel(panel, { study, item: current, place, total: grid.total, decision: decisions.of(current.row), act, step, close });
   }
@@ -123,6 +147,7 @@ export function auditPage(study, kept, decisions) {
     if (action === "undo") return undo();
     if (current === null) return;
     const item = current;
+    if (item.given === null && (action === "label" || action === "relabel")) return;
     if (action === "label") {
       const chosen = await chooseLabel(study, item);
       if (chosen !== null) decide(item, "relabel", chosen);
@@ -138,77 +163,79 @@ export function auditPage(study, kept, decisions) {
   function decide(item, action, label) {
     const before = decisions.of(item.row);
     const entry = decisions.decide(item.row, action, label);
-    shift(before, entry);
-    toast(`Row ${item.row}: ${decided(entry)}`, { action: { name: "Undo", run: () => undo() }, seconds: 5, instead: "decision" });
+    shift(item.row, before, entry);
+    const note = toast(`Row ${item.row}: ${decided(entry)}`, { action: { name: "Undo", run: () => undo(entry) }, seconds: 5, instead: "decision" });
+    notice = { entry, note };
     say(`Row ${item.row} ${decided(entry)}`);
     if (item === current) step(1);
   }
 
-  function undo() {
-    const before = new Map(decisions.mine.map((entry) => [entry.row, decisions.of(entry.row)]));
-    const fallback = current === null ? null : decisions.of(current.row);
-    const row = decisions.undo(current?.row ?? null);
-    if (row === null) return toast("Nothing to undo.", { seconds: 3, instead: "decision" });
-    shift(before.get(row) ?? fallback, decisions.of(row));
+  /** Take back a decision of this tab, the last one unless given; where it made none, that of the row that is shown. */
+  function undo(entry = decisions.last()) {
+    const row = entry?.row ?? current?.row;
+    if (row === undefined) return toast("Nothing to undo.", { seconds: 3, instead: "decision" });
+    const before = decisions.of(row);
+    const sent = entry === undefined ? decisions.undoRow(row) : decisions.undo(entry);
+    if (sent === null) {
+      const why = entry === undefined ? `Nothing to undo: this tab decided nothing, and row ${row} has no decision.` : `Row ${row}: your decision does not stand any more, so that there is nothing to undo.`;
+      return toast(why, { seconds: 5, instead: "decision" });
+    }
+    shift(row, before, decisions.of(row));
     const at = grid.items.findIndex((item) => item?.row === row);
     if (at >= 0) grid.select(at, { focus: !panel.contains(document.activeElement) && element.dataset.open !== "true" });
-    toast(`Row ${row}: undone`, { seconds: 4, instead: "decision" });
+    notice = { entry: sent, note: toast(`Row ${row}: undone`, { seconds: 4, instead: "decision" }) };
     return say(`Row ${row} undone`);
   }
 
   /** The counts, before the server tells them anew. */
-  function shift(from, to) {
+  function shift(row, from, to) {
+    stale = true;
+    if (tally === null) return;
     const names = { keep: "kept", relabel: "relabelled", remove: "removed" };
-    if (from) { tally[names[from.action]]--; tally.decided--; }
-    if (to) { tally[names[to.action]]++; tally.decided++; }
+    const flagged = grid.items.find((item) => item?.row === row)?.flagged ? 1 : 0;
+    if (from) { tally[names[from.action]]--; tally.decided--; tally.settled -= flagged; }
+    if (to) { tally[names[to.action]]++; tally.decided++; tally.settled += flagged; }
     drawProgress();
   }
 
   function changed({ detail }) {
     grid.redraw((item) => detail.rows.includes(item.row));
     if (current !== null && detail.rows.includes(current.row)) drawPanel();
-    if (detail.others) get("suspects", { show: "flagged", limit: 1 }).then((answer) => { if (decisions.queue.length === 0) count_(answer.progress); }).catch(() => {});
+    if (detail.others) recount();
   }
 
   function drawState() {
     if (isReport) return;
-    const waiting = decisions.queue.length;
-    saved.className = `saved ${decisions.failures > 0 ? "failing" : waiting > 0 ? "busy-state" : "good"}`;
-    if (waiting === 0) fill(saved, "All saved");
-    else if (decisions.failures === 0) fill(saved, `Saving ${count(waiting)}…`);
-    else {
-      fill(saved, h("span", { role: "alert" }, `${many(waiting, "decision")} not saved yet. ${decisions.error.message}`), h("button", { type: "button", on: { click: () => decisions.retry() } }, "Try now"));
-    }
+    saved.draw();
+    if (stale && decisions.queue.length === 0) { stale = false; recount(); }
   }
 
-  function conflict({ detail: { row, decision } }) {
-    toast(`Another tab decided on row ${row} meanwhile: ${decision === null ? "it took its decision back" : decided(decision)}. That newer decision is shown; yours was not taken.`, { kind: "error" });
-    get("suspects", { show: "flagged", limit: 1 }).then((answer) => count_(answer.progress)).catch(() => {});
+  /** A decision was not taken: what told it as taken goes. */
+  function refused({ detail }) {
+    if (notice !== null && detail.entries.includes(notice.entry)) notice.note.remove();
+    stale = true;
   }
 
-  const refused = ({ detail }) => {
-    toast(`Row ${detail.row} was not decided: ${detail.message}`, { kind: "error" });
-    get("suspects", { show: "flagged", limit: 1 }).then((answer) => count_(answer.progress)).catch(() => {});
-  };
-  const listeners = { change: changed, state: drawState, conflict, refused };
+  const listeners = { change: changed, state: drawState, conflict: refused, refused };
   for (const [name, run] of Object.entries(listeners)) decisions.addEventListener(name, run);
 
   const choose = segmented("Which rows", { flagged: "Flagged", undecided: "Undecided", decided: "Decided", all: "All" }, asked.show, (value) => { asked.show = value; reload(); });
-  const classes = study.classes === null ? null : [["", "any"], ...study.classes.map((name) => [name, name])];
+  const classes = study.classes === null ? null : [[null, "any"], ...study.classes.map((name) => [name, named(name)])];
   const pick = (name, key) => classes && select(name, classes, asked[key], (value) => { asked[key] = value; reload(); });
   const element = h("div", { class: "audit", data: { open: "false" } },
     h("div", { class: "suspects" },
-      h("div", { class: "bar-top" }, progress, !isReport && h("div", { class: "bar-end" }, saved, exportMenu())),
+      h("div", { class: "bar-top" }, progress, !isReport && h("div", { class: "bar-end" }, saved.element, exportMenu(study, decisions))),
       h("div", { class: "filter-line" }, choose, pick("Given", "given"), pick("Suggested", "suggested"), told),
+      isReport && study.held_suspects && h("p", { class: "held quiet-text" }, study.held_suspects),
       state, grid.element),
     panel);
   drawState();
   drawPanel();
   reload();
-  decisions.start();
   const run = (action) => () => act(action);
   return {
     element,
+    once: new Set(["k", "r", "x", "l", "u", "ctrl+z"]),
     keys: {
       k: run("keep"), r: run("relabel"), x: run("remove"), l: run("label"), u: run("undo"), "ctrl+z": run("undo"),
       n: () => step(1), p: () => step(-1),
@@ -226,10 +253,8 @@ export function auditPage(study, kept, decisions) {
   }
 }
 
-/** A decision in words. */
-export function decided(decision) {
-  if (decision.action === "keep") return "kept";
-  if (decision.action === "remove") return "removed";
-  return `relabelled ${typeof decision.label === "number" ? digits(decision.label, 4) : decision.label}`;
+/** A key that is held on a button decides once. */
+function once(event) {
+  if (event.repeat && event.key === "Enter" && event.target.closest(".act") !== null) event.preventDefault();
 }
 

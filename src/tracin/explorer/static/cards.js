@@ -2,10 +2,10 @@
 
 import { canExplain, picture } from "./api.js";
 import { h } from "./dom.js";
-import { digits, minus, percent, signed } from "./words.js";
+import { digits, named, percent, signed } from "./words.js";
 
-/** Whether labels are classes, so that a prediction can be wrong; and what they are called. */
-export const labels = { areClasses: true, name: "label" };
+/** Whether labels are classes, so that a prediction can be wrong; what they are called; and whether rows have any. */
+export const labels = { areClasses: true, name: "label", given: true };
 
 /** Whether a row is predicted otherwise than it is labelled. */
 export function isWrong(card) {
@@ -74,16 +74,16 @@ export function cardOf(card, { largest = null, trail = [] } = {}) {
   h("span", { class: "card-line" },
     card.score !== null && h("b", { class: "score" }, signed(card.score)),
     h("span", { class: "row" }, `row ${card.row}`)),
-  card.label !== null && h("span", { class: "card-label" }, h("span", { class: "what" }, `${labels.name} `), minus(card.label)),
-  differs && h("span", { class: "card-label differs" }, h("span", { class: "what" }, "predicted "), card.predicted));
+  card.label !== null && h("span", { class: "card-label" }, h("span", { class: "what" }, `${labels.name} `), named(card.label)),
+  differs && h("span", { class: "card-label differs" }, h("span", { class: "what" }, "predicted "), named(card.predicted)));
 }
 
 /** Label and prediction of an explained row in words, as terms. */
 export function facts(card, loss = null) {
   const term = (key, value, kind = null) => h("div", { class: kind }, h("dt", {}, key), h("dd", {}, value));
   return h("dl", { class: "facts" },
-    card.predicted !== null && term("predicted", minus(card.predicted), isWrong(card) ? "wrong" : null),
-    card.label !== null && term(labels.name, minus(card.label)),
+    card.predicted !== null && term("predicted", named(card.predicted), isWrong(card) ? "wrong" : null),
+    card.label !== null && term(labels.name, named(card.label)),
     card.confidence !== null && term("confidence", percent(card.confidence)),
     loss !== null && term("loss", digits(loss)));
 }

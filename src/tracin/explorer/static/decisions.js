@@ -1,28 +1,31 @@
 // Decisions on their way to the server: shown at once, sent one after the other, repeated until they are answered.
 //
-// A decision carries an id that the page makes, so that sending it twice counts once. What is not answered yet is also
-// kept in the tab's session, so that a reload sends it again.
+// A decision carries an id that the page makes, so that sending it twice counts once, and the name of the log that it
+// belongs to, so that no other study takes it. What is not answered yet is also kept in the tab's session, by that name,
+// so that a reload sends it again.
 
 import { get, isReport, post } from "./api.js";
 
-const STORE = "tracin-unsent";
 const POLL = 2500;
 const WAITS = [1, 2, 4, 8, 15];
 
 /** Events: `change` (rows whose decision changed), `state` (how sending goes), `conflict`, `refused`. */
 export class Decisions extends EventTarget {
-  constructor() {
+  constructor(study) {
     super();
+    this.log = study.log ?? null;
     this.now = new Map(); // row -> decision as the server knows it, null after an undo
     this.stamps = new Map(); // row -> last entry of the log that this tab wrote on it: what is older is not news
-    this.queue = recall();
-    this.mine = this.queue.filter((entry) => entry.kind === "decide"); // what this tab decided, in order: {row, id, seq}
+    this.queue = isReport ? [] : recall(storeOf(this.log));
+    const undone = new Set(this.queue.map((entry) => entry.of).filter(Boolean));
+    this.mine = this.queue.filter((entry) => entry.kind === "decide" && !undone.has(entry.id)); // what this tab decided, in order
     this.seq = 0;
     this.failures = 0;
     this.sending = false;
     this.timers = {};
-    this.stopped = false;
-    window.addEventListener("beforeunload", (event) => { if (this.queue.length > 0) event.preventDefault(); });
+    this.elsewhere = false; // another study's log answers at this address
+    this.leaving = false;
+    window.addEventListener("beforeunload", (event) => { if (this.queue.length > 0 && !this.leaving) event.preventDefault(); });
     window.addEventListener("online", () => this.retry());
     document.addEventListener("visibilitychange", () => { if (!document.hidden) this.poll(); });
   }
@@ -31,6 +34,7 @@ export class Decisions extends EventTarget {
   start() {
     if (isReport || this.started) return;
     this.started = true;
+    this.emit("state");
     this.send();
     this.poll();
   }
@@ -62,17 +66,30 @@ export class Decisions extends EventTarget {
     // What the page showed; behind a decision that is still on its way, that one's answer.
     if (!this.queue.some((waiting) => waiting.row === row)) entry.seen = before?.seq ?? null;
     this.mine.push(entry);
-    this.add(entry);
-    return entry;
+    return this.add(entry);
   }
 
-  /** Take back the last decision of this tab, else the given row's; answers the row, null where there is none. */
-  undo(row = null) {
-    let target = this.mine.pop();
-    if (target === undefined && row !== null && this.of(row) !== null) target = { row, seq: this.of(row).seq, before: null };
-    if (target === undefined) return null;
-    this.add({ kind: "undo", id: crypto.randomUUID?.() ?? madeId(), row: target.row, of: target.id ?? null, seq: target.seq ?? null, back: target.before });
-    return target.row;
+  /** The last decision of this tab. One that was not taken stays in its place, so that undo never means an earlier one. */
+  last() {
+    return this.mine.at(-1);
+  }
+
+  /** Take back a decision of this tab; answers what is sent for it, null where it does not stand any more. */
+  undo(entry) {
+    const latest = this.mine.findLast((other) => other.row === entry.row);
+    if (latest !== entry) return null;
+    this.mine = this.mine.filter((other) => other !== entry);
+    return entry.refused ? null : this.takeBack({ row: entry.row, of: entry.id, seq: entry.seq ?? null, back: entry.before });
+  }
+
+  /** Take back the decision that a row shows, whoever made it; answers what is sent for it, null where it has none. */
+  undoRow(row) {
+    const shown = this.of(row);
+    return shown === null ? null : this.takeBack({ row, of: null, seq: shown.seq, back: null });
+  }
+
+  takeBack(undo) {
+    return this.add({ kind: "undo", id: crypto.randomUUID?.() ?? madeId(), ...undo });
   }
 
   add(entry) {
@@ -81,6 +98,7 @@ export class Decisions extends EventTarget {
     this.emit("change", { rows: [entry.row] });
     this.emit("state");
     this.send();
+    return entry;
   }
 
   /** Send again now. */
@@ -90,16 +108,16 @@ export class Decisions extends EventTarget {
   }
 
   async send() {
-    if (this.sending) return;
+    if (this.sending || !this.started) return;
     this.sending = true;
     clearTimeout(this.timers.send);
-    while (this.queue.length > 0 && !this.stopped) {
+    while (this.queue.length > 0 && !this.elsewhere) {
       const entry = this.queue[0];
       try {
         await this.one(entry);
         this.failures = 0;
       } catch (error) {
-        if (this.settled(error, entry)) continue;
+        if (this.isElsewhere(error.body) || this.settled(error, entry)) continue;
         this.failures++;
         this.error = error;
         const wait = WAITS[Math.min(this.failures, WAITS.length) - 1];
@@ -117,9 +135,10 @@ export class Decisions extends EventTarget {
     const undo = entry.kind === "undo";
     if (undo && entry.seq === null) return this.done(entry); // the decision it takes back was never taken
     if (!undo && entry.seen === undefined) { entry.seen = this.now.get(entry.row)?.seq ?? null; this.keep(); }
+    const log = this.log ?? undefined;
     const answer = undo
-      ? await post("decisions/undo", { id: entry.id, seq: entry.seq })
-      : await post("decisions", { id: entry.id, row: entry.row, action: entry.action, label: entry.label, seen: entry.seen });
+      ? await post("decisions/undo", { id: entry.id, seq: entry.seq, log })
+      : await post("decisions", { id: entry.id, row: entry.row, action: entry.action, label: entry.label, seen: entry.seen, log });
     this.now.set(entry.row, answer.decision);
     this.stamps.set(entry.row, answer.seq);
     if (!undo) {
@@ -129,26 +148,37 @@ export class Decisions extends EventTarget {
     return this.done(entry);
   }
 
+  /** Whether an answer comes from another study's log. Nothing is sent to it; what waits stays in the tab's session. */
+  isElsewhere(answer) {
+    if (this.elsewhere || !("log" in (answer ?? {})) || answer.log === this.log) return this.elsewhere;
+    this.elsewhere = true;
+    this.emit("state");
+    return true;
+  }
+
+  /** Load the page of the study that is served here now. */
+  reload() {
+    this.leaving = true;
+    location.reload();
+  }
+
   /** An answer that sending again would not change: the newer decision counts, or the server's words are shown. */
   settled(error, entry) {
-    if (error.status === 0 || error.status >= 500 || error.status === 401 || error.status === 403 || error.status === 429) return false;
-    const later = this.queue.filter((other) => other !== entry && other.row === entry.row);
-    for (const gone of [entry, ...later]) this.drop(gone);
+    if (error.status === undefined || error.status === 0 || error.status >= 500 || [401, 403, 429].includes(error.status)) return false;
+    const entries = this.queue.filter((other) => other.row === entry.row);
+    for (const gone of entries) gone.refused = true;
+    this.queue = this.queue.filter((other) => other.row !== entry.row);
+    const detail = { row: entry.row, kind: entry.kind, entries, message: error.message };
     if (error.status === 409) {
       const decision = error.body.decision ?? null;
       this.now.set(entry.row, decision);
-      this.emit("conflict", { row: entry.row, decision, message: error.message });
+      this.emit("conflict", { ...detail, decision });
     } else {
-      this.emit("refused", { row: entry.row, message: error.message });
+      this.emit("refused", detail);
     }
     this.keep();
     this.emit("change", { rows: [entry.row] });
     return true;
-  }
-
-  drop(entry) {
-    this.queue = this.queue.filter((other) => other !== entry);
-    this.mine = this.mine.filter((other) => other !== entry);
   }
 
   done(entry) {
@@ -159,17 +189,11 @@ export class Decisions extends EventTarget {
 
   async poll() {
     clearTimeout(this.timers.poll);
-    if (isReport || this.stopped || !this.started) return;
+    if (isReport || this.elsewhere || !this.started) return;
     if (!document.hidden && !this.polling) {
       this.polling = true;
       try {
-        const answer = await get("decisions", { since: this.seq });
-        const { seq } = answer;
-        const changes = answer.changes.filter(({ row }) => (this.stamps.get(row) ?? 0) <= seq);
-        const rows = changes.filter(({ row, decision }) => this.differs(row, decision)).map(({ row }) => row);
-        for (const { row, decision } of changes) this.now.set(row, decision);
-        this.seq = Math.max(this.seq, seq);
-        if (rows.length > 0) this.emit("change", { rows, others: true });
+        await this.news();
         this.away = 0;
       } catch {
         this.away = Math.min((this.away ?? 0) + 1, 8); // sending tells it when the server is away
@@ -177,6 +201,19 @@ export class Decisions extends EventTarget {
       this.polling = false;
     }
     this.timers.poll = setTimeout(() => this.poll(), POLL * (1 + (this.away ?? 0)));
+  }
+
+  async news() {
+    const answer = await get("decisions", { since: this.seq });
+    // A server that was away, or whose log is shorter, may be another study's.
+    if (this.away > 0 || answer.seq < this.seq) this.isElsewhere({ log: (await get("study")).log ?? null });
+    if (this.isElsewhere(answer)) return;
+    const { seq } = answer;
+    const changes = answer.changes.filter(({ row }) => (this.stamps.get(row) ?? 0) <= seq);
+    const rows = changes.filter(({ row, decision }) => this.differs(row, decision)).map(({ row }) => row);
+    for (const { row, decision } of changes) this.now.set(row, decision);
+    this.seq = Math.max(this.seq, seq);
+    if (rows.length > 0) this.emit("change", { rows, others: true });
   }
 
   differs(row, decision) {
@@ -190,16 +227,20 @@ export class Decisions extends EventTarget {
 
   keep() {
     try {
-      if (this.queue.length > 0) sessionStorage.setItem(STORE, JSON.stringify(this.queue));
-      else sessionStorage.removeItem(STORE);
+      if (this.queue.length > 0) sessionStorage.setItem(storeOf(this.log), JSON.stringify(this.queue));
+      else sessionStorage.removeItem(storeOf(this.log));
     } catch { /* a full or forbidden store: the queue lives on in this page */ }
   }
 }
 
-function recall() {
-  if (isReport) return [];
+/** Where the tab's session keeps what a log has not been sent yet. */
+function storeOf(log) {
+  return log === null ? "tracin-unsent" : `tracin-unsent ${log}`;
+}
+
+function recall(store) {
   try {
-    return JSON.parse(sessionStorage.getItem(STORE) ?? "[]");
+    return JSON.parse(sessionStorage.getItem(store) ?? "[]");
   } catch {
     return [];
   }

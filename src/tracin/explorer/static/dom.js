@@ -64,10 +64,10 @@ export function segmented(label, choices, chosen, onChoose) {
   return put(group, buttons);
 }
 
-/** A labelled list to choose from; `choices` are `[value, text]`. */
+/** A labelled list to choose from; `choices` are `[value, text]`. Options go by their place, as values can be empty. */
 export function select(label, choices, chosen, onChoose) {
-  const box = h("select", { "aria-label": label, on: { change: () => onChoose(box.value) } },
-    choices.map(([value, text]) => h("option", { value, selected: value === chosen }, text)));
+  const box = h("select", { "aria-label": label, on: { change: () => onChoose(choices[box.selectedIndex][0]) } },
+    choices.map(([value, text], at) => h("option", { value: `choice-${at}`, selected: value === chosen }, text)));
   return h("label", { class: "field" }, h("span", {}, label), box);
 }
 

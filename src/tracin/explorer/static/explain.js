@@ -6,13 +6,13 @@ import { fill, h, placeholder, failure, say, segmented, select } from "./dom.js"
 import { explanation } from "./explanation.js";
 import { Grid } from "./grid.js";
 import { uploadButton, watchDrops } from "./upload.js";
-import { capital, count, digits, many, minus, percent } from "./words.js";
+import { capital, count, digits, many, minus, named, percent } from "./words.js";
 
 const NARROW = window.matchMedia("(max-width: 859px)");
 
 /** The page. Answers `{element, show(trail), close()}`; the filters stay while other pages are open. */
 export function explainPage(study, kept) {
-  const asked = (kept.filters ??= { show: study.classes === null ? "all" : "wrong", label: "", predicted: "", min: "", max: "", search: "", order: study.classes === null ? "loss" : "confidence", down: "1" });
+  const asked = (kept.filters ??= { show: study.classes === null ? "all" : "wrong", label: null, predicted: null, min: null, max: null, search: null, order: study.classes === null ? "loss" : "confidence", down: "1" });
   const detail = h("section", { class: "detail", "aria-label": "Explanation" });
   const told = h("p", { class: "list-count" });
   const state = h("div", { class: "list-state" });
@@ -44,14 +44,14 @@ export function explainPage(study, kept) {
 
   function nothing() {
     const all = h("button", { type: "button", on: { click: () => { reset(); } } }, "Show all rows");
-    if (asked.show === "wrong" && !asked.label && !asked.predicted && !asked.search) {
+    if (asked.show === "wrong" && [asked.label, asked.predicted, asked.min, asked.max, asked.search].every((value) => value === null)) {
       return placeholder("No wrong prediction", "Every test row is predicted as it is labelled.", all);
     }
     return placeholder("No row passes the filter", "Choose other classes, another confidence, or fewer words.", all);
   }
 
   function reset() {
-    Object.assign(asked, { show: "all", label: "", predicted: "", min: "", max: "", search: "" });
+    Object.assign(asked, { show: "all", label: null, predicted: null, min: null, max: null, search: null });
     fill(filters, filterFields(study, asked, reload));
     reload();
   }
@@ -79,7 +79,7 @@ export function explainPage(study, kept) {
       item.confidence !== null ? h("div", { class: "line-sure" }, percent(item.confidence), bar(item.confidence))
         : item.loss !== null && h("div", { class: "line-sure" }, "loss", h("br"), digits(item.loss)));
     tile.classList.toggle("with-face", item.face.kind === "image");
-    tile.setAttribute("aria-label", `Test row ${item.row}, ${item.predicted === null ? "" : `predicted ${item.predicted}, `}label ${item.label}${wrong ? ", wrong" : ""}`);
+    tile.setAttribute("aria-label", [`Test row ${item.row}`, item.predicted !== null && `predicted ${named(item.predicted)}`, item.label !== null && `${labels.name} ${named(item.label)}`, wrong && "wrong"].filter(Boolean).join(", "));
   }
 
   async function show(next) {
@@ -123,8 +123,9 @@ export function explainPage(study, kept) {
 }
 
 function lineTitle(item, wrong) {
+  if (item.label === null && item.predicted === null) return h("span", { class: "line-title" }, h("b", {}, "No label"));
   if (!labels.areClasses) return h("span", { class: "line-title" }, h("b", {}, minus(item.label ?? "")), item.predicted !== null && h("span", { class: "quiet-text" }, `predicted ${minus(item.predicted)}`));
-  return h("span", { class: "line-title" }, h("b", {}, item.predicted ?? item.label ?? ""), wrong && h("span", { class: "not" }, `not ${item.label}`));
+  return h("span", { class: "line-title" }, h("b", {}, named(item.predicted ?? item.label)), wrong && h("span", { class: "not" }, `not ${named(item.label)}`));
 }
 
 function counted(total, show) {
@@ -142,14 +143,14 @@ function filterFields(study, asked, reload) {
   let waiting;
   const change = (key) => (value) => { asked[key] = value; reload(); };
   const search = h("input", {
-    type: "search", placeholder: "Row number or words", "aria-label": "Search rows", value: asked.search, autocomplete: "off", spellcheck: "false", "aria-keyshortcuts": "/",
-    on: { input: () => { clearTimeout(waiting); waiting = setTimeout(() => change("search")(search.value.trim()), 200); } },
+    type: "search", placeholder: "Row number or words", "aria-label": "Search rows", value: asked.search ?? "", autocomplete: "off", spellcheck: "false", "aria-keyshortcuts": "/",
+    on: { input: () => { clearTimeout(waiting); waiting = setTimeout(() => change("search")(search.value.trim() || null), 200); } },
   });
   const orders = [["row:", "row number"], ["loss:1", "highest loss"], ["loss:", "lowest loss"]];
   if (study.classes !== null) orders.unshift(["confidence:1", "most sure"], ["confidence:", "least sure"]);
   const order = select("Order", orders, `${asked.order}:${asked.down}`, (value) => { [asked.order, asked.down] = value.split(":"); reload(); });
   if (study.classes === null) return [search, h("div", { class: "pair" }, order)];
-  const classes = [["", "any"], ...study.classes.map((name) => [name, name])];
+  const classes = [[null, "any"], ...study.classes.map((name) => [name, named(name)])];
   return [
     search,
     segmented("Which predictions", { wrong: "Wrong", right: "Right", all: "All" }, asked.show, change("show")),
@@ -164,10 +165,10 @@ function filterFields(study, asked, reload) {
 function confidence(asked, reload) {
   const field = (key, name, empty) => {
     const box = h("input", {
-      type: "number", min: "0", max: "100", step: "1", placeholder: empty, "aria-label": name, value: asked[key] === "" ? "" : asked[key] * 100,
+      type: "number", min: "0", max: "100", step: "1", placeholder: empty, "aria-label": name, value: asked[key] === null ? "" : asked[key] * 100,
       on: { change: () => {
         const value = Math.max(0, Math.min(100, Number(box.value)));
-        asked[key] = box.value === "" ? "" : value / 100;
+        asked[key] = box.value === "" ? null : value / 100;
         if (box.value !== "") box.value = String(value);
         reload();
       } },

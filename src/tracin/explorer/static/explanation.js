@@ -83,10 +83,10 @@ function otherClass(study, state, tabs) {
   if (isReport || !study.live || study.classes === null) return null;
   const known = state.found.targets.map((target) => target.name);
   const first = state.found.targets;
-  const box = select("Another class", [["", "choose…"], ...study.classes.filter((name) => !known.includes(name)).map((name) => [name, name])], "", async (name) => {
+  const box = select("Another class", [[null, "choose…"], ...study.classes.filter((name) => name !== "" && !known.includes(name)).map((name) => [name, name])], null, async (name) => {
     box.classList.add("working");
     try {
-      const more = name === "" ? [] : (await state.ask({ k: MOST, target: name })).targets;
+      const more = name === null ? [] : (await state.ask({ k: MOST, target: name })).targets;
       state.found = { ...state.found, targets: [...first, ...more] };
       tabs.draw();
       tabs.choose(state.found.targets.length - 1);

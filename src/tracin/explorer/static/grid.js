@@ -9,12 +9,13 @@ const AROUND = 2; // lines kept above and below those in sight
  * Tiles in lines of equal height. One tile is in the tab order; arrows, Home, End and the page keys move on.
  *
  * label: what a screen reader calls the list. fetch(offset, limit) -> {total, items}. draw(item, tile): fills a tile.
- * minimum: the least width of a tile, null for one tile to a line. height(width): of a tile. onSelect(item, index),
- * onOpen(item, index): Enter or a click. onLoad(total), onError(error).
+ * minimum: the least width of a tile, null for one tile to a line. height(width): of a tile. onSelect(item, index), and
+ * onWait(index) before it where the item has to be fetched first. onOpen(item, index): Enter or a click. onLoad(total),
+ * onError(error).
  */
 export class Grid {
-  constructor({ label, fetch, draw, minimum = null, height, gap = 12, onSelect = () => {}, onOpen = () => {}, onLoad = () => {}, onError = () => {} }) {
-    Object.assign(this, { fetch, draw, minimum, height, gap, onSelect, onOpen, onLoad, onError });
+  constructor({ label, fetch, draw, minimum = null, height, gap = 12, onSelect = () => {}, onWait = () => {}, onOpen = () => {}, onLoad = () => {}, onError = () => {} }) {
+    Object.assign(this, { fetch, draw, minimum, height, gap, onSelect, onWait, onOpen, onLoad, onError });
     this.canvas = h("div", { class: "canvas", role: "listbox", "aria-label": label, hidden: true });
     this.element = h("div", { class: "scroller" }, this.canvas);
     this.tiles = new Map();
@@ -174,8 +175,16 @@ export class Grid {
     this.render();
     for (const [at, tile] of this.tiles) { tile.tabIndex = at === index ? 0 : -1; tile.setAttribute("aria-selected", String(at === index)); }
     if (focus) this.tiles.get(index)?.focus({ preventScroll: true });
-    const item = await this.at(index);
-    if (this.chosen !== index || item === undefined) return;
+    if (this.items[index] === undefined) this.onWait(index);
+    const round = this.round;
+    let item;
+    try {
+      item = await this.at(index);
+    } catch (error) {
+      if (round === this.round && this.chosen === index && error.name !== "AbortError") this.onError(error);
+      return;
+    }
+    if (round !== this.round || this.chosen !== index || item === undefined) return;
     this.onSelect(item, index);
     if (open) this.onOpen(item, index);
   }

@@ -7,7 +7,7 @@ export function keptAnswers(data) {
     study: () => data.study,
     trust: () => data.trust,
     test: (asked) => page(data.tests.filter((item) => passes(item, asked)), asked, ordered),
-    suspects: (asked) => ({ ...page(data.suspects.filter((item) => suspected(item, asked)), asked), progress: data.progress }),
+    suspects: (asked) => ({ ...page(data.suspects.filter((item) => suspected(item, asked)), asked), progress: { ...data.progress, settled: data.suspects.filter((item) => item.flagged && item.decision !== null).length } }),
     decisions: () => ({ seq: 0, changes: [] }),
   };
   function answer(path, asked) {

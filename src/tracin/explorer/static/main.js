@@ -1,6 +1,6 @@
 // The routes: #/explain/side/row/side/row…, #/audit, #/trust.
 
-import { get } from "./api.js";
+import { get, isReport } from "./api.js";
 import { auditPage } from "./audit.js";
 import { labels } from "./cards.js";
 import { Decisions } from "./decisions.js";
@@ -8,6 +8,7 @@ import { failure, fill, typing } from "./dom.js";
 import { explainPage } from "./explain.js";
 import { keysDialog } from "./menus.js";
 import { trustPage } from "./trust.js";
+import { tellUnsent } from "./unsent.js";
 import { count } from "./words.js";
 
 const main = document.getElementById("main");
@@ -28,7 +29,7 @@ function route() {
   const wanted = ["explain", "audit", "trust"].includes(name) ? name : "explain";
   if (open.name !== wanted) {
     open.page?.close();
-    document.getElementById("toasts").replaceChildren();
+    for (const note of document.querySelectorAll(".toast:not(.error)")) note.remove();
     const make = { explain: () => explainPage(study, kept), audit: () => auditPage(study, kept, decisions), trust: () => trustPage(study) }[wanted];
     open = { name: wanted, page: make() };
     fill(main, open.page.element);
@@ -48,9 +49,15 @@ function pressed(event) {
   const pages = { 1: "#/explain", 2: "#/audit", 3: "#/trust" };
   // Arrows belong to what has the focus: a tab list, a list of its own, a scrolled table.
   const free = !key.startsWith("Arrow") || event.target === document.body || event.target.closest(".panel, #main") === main;
-  const run = open.page?.keys?.[key] ?? { "?": keysDialog, b: () => document.querySelector("a.back")?.click() }[key];
+  // A key that is held moves on, but decides once.
+  if (event.repeat && open.page?.once?.has(key)) { event.preventDefault(); return; }
+  const run = open.page?.keys?.[key] ?? { "?": keysOf, b: () => document.querySelector("a.back")?.click() }[key];
   if (key in pages) location.hash = pages[key];
   else if (run !== undefined && free) { event.preventDefault(); run(); }
+}
+
+function keysOf() {
+  keysDialog({ decides: !isReport, labelled: labels.given });
 }
 
 async function begin() {
@@ -62,13 +69,16 @@ async function begin() {
   }
   Object.assign(labels, { areClasses: study.classes !== null, name: study.classes === null ? "target" : "label" });
   document.getElementById("title").textContent = study.title;
-  decisions = new Decisions();
+  decisions = new Decisions(study);
+  tellUnsent(decisions);
   window.addEventListener("hashchange", route);
   document.addEventListener("keydown", pressed);
-  document.getElementById("keys").addEventListener("click", keysDialog);
+  document.getElementById("keys").addEventListener("click", keysOf);
   document.getElementById("skip").addEventListener("click", () => main.focus());
   route();
-  get("suspects", { show: "flagged", limit: 1 }).then(({ progress }) => {
+  decisions.start();
+  get("suspects", { show: "all", limit: 1 }).then(({ progress, items: [first] }) => {
+    labels.given = first === undefined || first.given !== null;
     const badge = document.getElementById("flagged");
     badge.textContent = count(progress.flagged);
     badge.hidden = progress.flagged === 0;

@@ -1,6 +1,8 @@
 // Dialogs and menus: a label to choose, the export, the list of keys.
 
-import { fill, h } from "./dom.js";
+import { download } from "./api.js";
+import { fill, h, toast } from "./dom.js";
+import { many, named } from "./words.js";
 
 /** Ask for a class, or for a number where there are none; answers null when the reader thinks better of it. */
 export function chooseLabel(study, item) {
@@ -31,7 +33,7 @@ function byName(names, item, take) {
   };
   const draw = () => fill(list, matching().slice(0, 200).map((name) => h("button", {
     type: "button", class: name === item.suggested ? "suggested" : null, on: { click: () => take(name) },
-  }, name, name === item.given && h("small", {}, "given"), name === item.suggested && h("small", {}, "suggested"))));
+  }, named(name), name === item.given && h("small", {}, "given"), name === item.suggested && h("small", {}, "suggested"))));
   search.addEventListener("input", draw);
   search.addEventListener("keydown", (event) => {
     if (event.key !== "Enter") return;
@@ -59,15 +61,30 @@ const FORMATS = [
   ["label-studio", "Label Studio", "tasks to import"],
 ];
 
-/** The menu of downloads. */
-export function exportMenu() {
+/** The menu of downloads that the study can be given as. */
+export function exportMenu(study, decisions) {
+  const formats = FORMATS.filter(([format]) => study.exports?.includes(format) ?? true);
+  if (formats.length === 0) return null;
   const menu = h("details", { class: "menu" },
     h("summary", {}, "Export"),
-    h("ul", {}, FORMATS.map(([format, name, words]) => h("li", {},
-      h("a", { href: `api/export?format=${format}`, download: true, on: { click: () => { menu.open = false; } } }, h("b", {}, name), h("span", {}, words))))));
+    h("ul", {}, formats.map(([format, name, words]) => h("li", {},
+      h("button", { type: "button", on: { click: () => { menu.open = false; save(format, name, decisions); } } }, h("b", {}, name), h("span", {}, words))))));
   document.addEventListener("click", (event) => { if (!menu.contains(event.target)) menu.open = false; });
   menu.addEventListener("keydown", (event) => { if (event.key === "Escape" && menu.open) { menu.open = false; menu.querySelector("summary").focus(); event.stopPropagation(); } });
   return menu;
+}
+
+async function save(format, title, decisions) {
+  try {
+    const unsaved = decisions.queue.length;
+    const { name, content } = await download("export", { format });
+    const address = URL.createObjectURL(content);
+    h("a", { href: address, download: name }).click();
+    setTimeout(() => URL.revokeObjectURL(address), 60_000);
+    if (unsaved > 0) toast(`${many(unsaved, "decision")} of this tab, not saved yet, may be missing in ${name}.`, { kind: "error" });
+  } catch (error) {
+    toast(`No ${title} file: ${error.message}`, { kind: "error" });
+  }
 }
 
 const KEYS = {
@@ -79,13 +96,15 @@ const KEYS = {
   ],
 };
 
-/** The list of keys. */
-export function keysDialog() {
+/** The list of keys, without those that this study or this report has no use for. */
+export function keysDialog({ decides, labelled }) {
+  const used = ([key]) => (decides || !["K", "R", "L", "X", "U or Ctrl+Z"].includes(key)) && (labelled || !["R", "L"].includes(key));
+  const said = (words) => (labelled ? words : words.replace("keep the given label", "keep the row"));
   const dialog = h("dialog", { class: "sheet keys", "aria-label": "Keys" });
   fill(dialog, h("h2", {}, "Keys"),
     h("div", { class: "key-lists" }, Object.entries(KEYS).map(([title, keys]) => h("section", {},
       h("h3", {}, title),
-      h("dl", {}, keys.map(([key, words]) => h("div", {}, h("dt", {}, keyCaps(key)), h("dd", {}, words))))))),
+      h("dl", {}, keys.filter(used).map(([key, words]) => h("div", {}, h("dt", {}, keyCaps(key)), h("dd", {}, said(words)))))))),
     h("div", { class: "buttons" }, h("button", { type: "button", class: "primary", on: { click: () => dialog.close() } }, "Close")));
   dialog.addEventListener("close", () => dialog.remove());
   document.body.append(dialog);

@@ -28,6 +28,18 @@ export function minus(text) {
   return /^-\d/.test(text) && Number.isFinite(Number(text)) ? MINUS + text.slice(1) : text;
 }
 
+/** The name of a class, which may be empty; a number with a true minus. */
+export function named(name) {
+  return name === "" ? "(no name)" : minus(name);
+}
+
+/** A decision in words. */
+export function decided(decision) {
+  if (decision.action === "keep") return "kept";
+  if (decision.action === "remove") return "removed";
+  return `relabelled ${typeof decision.label === "number" ? digits(decision.label, 4) : named(decision.label)}`;
+}
+
 /** The words with a capital first. */
 export function capital(text) {
   return text.charAt(0).toUpperCase() + text.slice(1);

@@ -9,12 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tracin.errors import OptionError
+from tracin.data import open_rows
+from tracin.errors import MemoryLimitError, OptionError
 from tracin.index.asking.estimate import SAMPLE_QUERIES, Estimate, compared, exact, reranked, rows_of, sample
-from tracin.index.asking.queries import query_features, rates, summed_features, weighted
+from tracin.index.asking.queries import (
+    query_features,
+    rates,
+    refuse_another_method,
+    summed_features,
+    weighted,
+)
 from tracin.index.asking.scan import Scanning, Tile, merged, norm_tiles, ranges, tiles
 from tracin.index.kept.contents import Contents
 from tracin.index.kept.sidecar import selected_rows
+from tracin.index.making.comparing import refuse_other_length, refuse_other_rows
 from tracin.index.making.executors import Executor
 from tracin.methods.answers import groups_record, top_k_result
 from tracin.methods.grouping import group_labels
@@ -51,6 +59,7 @@ class Asked:
     def of(cls, contents: Contents, method: TracInCP, train: Any, where: Any) -> Asked:
         """Check that the index is whole, and apply the filter."""
         contents.require_whole()
+        refuse_another_method(method, contents.manifest, contents.storage.where)
         mask = None if where is None else selected_rows(contents.storage, contents.segments, where)
         return cls(contents, method, train, where, mask)
 
@@ -75,6 +84,14 @@ class Asked:
         c = self.contents
         wanted = ranges(c.manifest, c.segments)
         return tiles(c.storage, c.manifest, wanted, queries, mask, self.method.settings.normalize)
+
+    def exact(self, rows: list[int], queries: Any) -> Float[Tensor, "m s"]:
+        """Exact scores of some train rows, which are compared with those that the index was made of."""
+        c, settings = self.contents, self.method.settings
+        source = open_rows(self.train, name="train", batch_size=settings.batch_size, collate=settings.collate)
+        refuse_other_length(c.storage, c.segments, len(source))
+        refuse_other_rows(c.storage, c.manifest, c.segments, source, rows)
+        return exact(self.method, self.train, rows, queries)
 
     def record(self, verb: str, found: Estimate | None = None) -> dict[str, Any]:
         """The provenance of an answer."""
@@ -109,13 +126,13 @@ def top_k(asked: Asked, queries: Any, k: int, *, rerank: int, estimate: bool, ex
     high, low = _strongest(asked, features, max(k, rerank), executor)
     if rerank:
         rows = torch.cat([high.ids, low.ids], 1).unique()
-        truth = exact(asked.method, asked.train, rows.tolist(), queries)
+        truth = asked.exact(rows.tolist(), queries)
         high = reranked(high, k, rows, truth, largest=True)
         low = reranked(low, k, rows, truth, largest=False)
     found = _estimated(asked, queries, features) if estimate else None
     record = {**asked.record("top_k", found), "k": k, "rerank": rerank}
     result = top_k_result(high, low, record, n, mend=None)
-    return replace(result, notes=(*result.notes, _note(found, estimate)))
+    return replace(result, notes=(*result.notes, _note(found, asked.train is not None, estimate)))
 
 
 def _strongest(asked: Asked, features: Tensor, k: int, executor: Executor) -> tuple[Lists, Lists]:
@@ -137,12 +154,18 @@ def _estimated(asked: Asked, queries: Any, features: Tensor) -> Estimate | None:
     chosen[rows] = True
     few = range(min(features.shape[1], SAMPLE_QUERIES))
     found = torch.cat([tile.values for tile in asked.tiles(features[:, : len(few)], chosen)], 1)
-    return compared(found, exact(asked.method, asked.train, rows.tolist(), rows_of(queries, few)))
+    try:
+        truth = asked.exact(rows.tolist(), rows_of(queries, few))
+    except MemoryLimitError:  # the answer itself fits
+        return None
+    return compared(found, truth)
 
 
-def _note(found: Estimate | None, asked_for: bool) -> str:
+def _note(found: Estimate | None, at_hand: bool, asked_for: bool) -> str:
     if found is not None:
         return f"the index is an approximation; {found}."
+    if asked_for and at_hand:
+        return "the error of the index was not measured: a batch of exact scores does not fit memory=."
     if asked_for:
         return (
             "the error of the index was not measured: give the train rows, Index.open(folder, method, train)."

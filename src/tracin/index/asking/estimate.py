@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import isnan
 from typing import Any
 
 import torch
@@ -36,8 +37,8 @@ class Estimate:
     Attributes:
         rows: Train rows in it.
         queries: Queries in it.
-        relative_error: ‖ŝ − s‖ / ‖s‖.
-        rank_correlation: Spearman's, the mean over queries; NaN where there are fewer than two rows.
+        relative_error: ‖ŝ − s‖ / ‖s‖; NaN where all exact scores are 0.
+        rank_correlation: Spearman's, the mean over queries; NaN where no query has two different scores.
     """
 
     rows: int
@@ -46,14 +47,23 @@ class Estimate:
     rank_correlation: float
 
     def __str__(self) -> str:
-        return (
-            f"against exact scores of {self.rows} rows and {self.queries} queries: relative error {self.relative_error:.3f}, "
-            f"rank correlation {self.rank_correlation:.3f}"
-        )
+        error, correlation = self.relative_error, self.rank_correlation
+        told = [
+            "all exact scores are 0, and the error has no scale"
+            if isnan(error)
+            else f"relative error {error:.3f}",
+            "too few different scores for a rank correlation"
+            if isnan(correlation)
+            else f"rank correlation {correlation:.3f}",
+        ]
+        return f"against exact scores of {self.rows} rows and {self.queries} queries: {', '.join(told)}"
 
     def as_json(self) -> dict[str, Any]:
-        """For a result's provenance."""
-        return asdict(self)
+        """For a result's provenance; None in place of NaN."""
+        return {
+            name: None if isinstance(value, float) and isnan(value) else value
+            for name, value in asdict(self).items()
+        }
 
 
 def sample(kept: Int[Tensor, " n"], seed: int = 0) -> Int[Tensor, " s"]:

@@ -17,12 +17,12 @@ from tracin.errors import IndexFolderError, OptionError
 from tracin.gradients.projection import Projection
 from tracin.index.kept.manifest import Manifest
 from tracin.index.kept.shards import Unit
-from tracin.index.making.tracing import Tracer, altered, choices_of, tracing
+from tracin.index.making.tracing import Tracer, altered, choices_of, loss_name, tracing
 from tracin.methods.tracin_cp import TracInCP
 from tracin.scoring.aggregate import Groups
 from tracin.shapes import Float
 
-__all__ = ["query_features", "rates", "summed_features", "weighted"]
+__all__ = ["query_features", "rates", "refuse_another_method", "summed_features", "weighted"]
 
 
 def query_features(method: TracInCP, manifest: Manifest, queries: Any, where: str) -> Float[Tensor, "c m d"]:
@@ -106,6 +106,30 @@ def _refuse_another_model(tracer: Tracer, manifest: Manifest, where: str) -> Non
     if differences:
         raise IndexFolderError(
             f"{where} is the index of another model: {'; '.join(differences)}. Give the method that it was built with."
+        )
+
+
+def refuse_another_method(method: TracInCP, manifest: Manifest, where: str) -> None:
+    """Compare what is known of a method before any checkpoint is read; queries alone may have another loss.
+
+    Args:
+        method: The method that asks.
+        manifest: The index's manifest.
+        where: The index's folder, for messages.
+
+    Raises:
+        IndexFolderError: The index is of another model, training loss or list of checkpoints.
+    """
+    described = method.trajectory.describe()
+    known = [
+        {name: value for name, value in facts.items() if name != "digest"} for facts in manifest.checkpoints
+    ]
+    now = replace(manifest, model=type(method.task.model).__name__, loss=loss_name(method.task))
+    differences = replace(manifest, checkpoints=known).differences(replace(now, checkpoints=described))
+    if differences:
+        raise IndexFolderError(
+            f"{where} is the index of another model: {'; '.join(differences)}. Give the method that it was built with; only "
+            "query_loss may be another."
         )
 
 

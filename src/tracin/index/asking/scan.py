@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ def tiles(
             kept = kept[chosen]
         values = queries.new_zeros(queries.shape[1], len(kept))
         for checkpoint in range(len(manifest.checkpoints)):
-            place = Unit(checkpoint, unit.start, unit.stop)
+            place = replace(unit, checkpoint=checkpoint)
             features = read_features(storage, place, manifest)
             features = features if chosen is None else features[chosen]
             if not normalize:

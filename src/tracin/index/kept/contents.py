@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tracin.errors import IndexFolderError
-from tracin.index.kept.manifest import Manifest, Segment, read_manifest, read_segments
-from tracin.index.kept.shards import Unit, read_shard, units
+from tracin.index.kept.manifest import Manifest, Segment, read_manifest, read_segments, segment_name
+from tracin.index.kept.shards import Unit, first_row, read_shard, units
+from tracin.index.kept.sidecar import sidecar_whole
 from tracin.index.kept.storage import Storage
 from tracin.progress import progress
 
@@ -81,17 +82,32 @@ class Contents:
         )
 
     def broken(self, *, show: bool) -> list[str]:
-        """Names of shards that are missing or damaged, after reading all of them.
+        """Names of files that are missing or damaged, after reading all of them.
 
         Args:
             show: Show how far that is.
 
         Returns:
-            File names.
+            File names: shards, columns, and the segment of rows of which there is nothing but shards.
         """
         names, wanted = self.storage.names(), self.units()
-        found = _damaged(self.storage, self.manifest, wanted, show=show)
-        return [unit.name for unit in wanted if unit.name not in names or unit in found]
+        found = set(_damaged(self.storage, self.manifest, wanted, show=show))
+        shards = [unit.name for unit in wanted if unit.name not in names or unit in found]
+        columns = [one.sidecar for one in self.segments if not sidecar_whole(self.storage, one)]
+        gone = self._lost_segment(names)
+        return [*([] if gone is None else [gone]), *columns, *shards]
+
+    def _lost_segment(self, names: set[str]) -> str | None:
+        """The segment that is not there: the first, or that of shards behind the last row."""
+        if not self.segments:
+            return segment_name(0)
+        starts = [start for name in names if (start := first_row(name)) is not None]
+        if not any(start >= self.rows for start in starts):
+            return None
+        # Another process may have appended rows since this one looked.
+        stop = read_segments(self.storage)[-1].stop
+        behind = [start for start in starts if start >= stop]
+        return segment_name(stop) if behind else None
 
     def require_whole(self) -> None:
         """Refuse an index of which something was not built yet.
@@ -101,6 +117,12 @@ class Contents:
         """
         names, wanted = self.storage.names(), self.units()
         gone = [unit for unit in wanted if unit.name not in names]
+        lost = self._lost_segment(names)
+        if wanted and lost is not None:
+            raise IndexFolderError(
+                f"{self.storage.where} is not whole: there are shards of rows whose segment is missing. Restore {lost}, or "
+                "append these rows again."
+            )
         if gone or not wanted:
             told = "it has no rows"
             if gone:

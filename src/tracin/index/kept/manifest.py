@@ -17,9 +17,18 @@ from typing import Any
 from tracin.errors import IndexFolderError
 from tracin.index.kept.storage import Storage
 
-__all__ = ["FORMAT", "MANIFEST", "VERSION", "Manifest", "Segment", "read_manifest", "read_segments"]
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "VERSION",
+    "Manifest",
+    "Segment",
+    "read_manifest",
+    "read_segments",
+    "segment_name",
+]
 
-FORMAT, VERSION = "tracin.index", 1
+FORMAT, VERSION = "tracin.index", 2
 MANIFEST = "manifest.json"
 SEGMENT = "segment-"
 
@@ -31,7 +40,6 @@ WORDS = {
     "projection": "the projection",
     "dtype": "the dtype of the features",
     "shard_rows": "shard_rows",
-    "batch_rows": "the rows per batch",
     "precision": "the precision",
     "groups": "the groups of parameters with rates of their own",
 }
@@ -52,7 +60,7 @@ class Manifest:
         dtype: ``"float32"``, or ``"float16"`` with a scale per row.
         precision: In which the gradients were computed.
         shard_rows: Rows of a shard.
-        batch_rows: Rows of a batch within a shard.
+        batch_rows: Rows of a batch within a shard, of every build into this folder; told, never compared.
         made_with: Versions, threads and device; told, never compared.
     """
 
@@ -134,6 +142,11 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
+def segment_name(start: int) -> str:
+    """The file of the segment that begins with a row."""
+    return f"{SEGMENT}{start:012d}.json"
+
+
 @dataclass(frozen=True)
 class Segment:
     """Consecutive rows that were added at once.
@@ -143,12 +156,14 @@ class Segment:
         rows: How many.
         fingerprint: Of some of the rows' content; None where rows have none.
         columns: The sidecar's columns, empty without one.
+        sidecar_digest: A hash of the sidecar's file; None without one.
     """
 
     start: int
     rows: int
     fingerprint: str | None = None
     columns: tuple[str, ...] = ()
+    sidecar_digest: str | None = None
 
     @property
     def stop(self) -> int:
@@ -158,7 +173,7 @@ class Segment:
     @property
     def name(self) -> str:
         """The segment's file."""
-        return f"{SEGMENT}{self.start:012d}.json"
+        return segment_name(self.start)
 
     @property
     def sidecar(self) -> str:
@@ -241,7 +256,11 @@ def read_segments(storage: Storage) -> list[Segment]:
         segment = None
         with suppress(KeyError, TypeError, ValueError):
             segment = Segment(
-                content["start"], content["rows"], content["fingerprint"], tuple(content["columns"])
+                content["start"],
+                content["rows"],
+                content["fingerprint"],
+                tuple(content["columns"]),
+                content["sidecar_digest"],
             )
         if segment is None or segment.name != name or segment.rows < 1:
             raise IndexFolderError(

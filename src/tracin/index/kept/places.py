@@ -22,10 +22,12 @@ def storage_of(folder: Any) -> Storage:
         The storage.
 
     Raises:
-        OptionError: It is neither.
+        OptionError: It is neither, or a URL of no folder.
         MissingExtraError: It is a URL, and fsspec is not installed.
     """
     if isinstance(folder, str) and "://" in folder:
+        if not folder.partition("://")[2].strip("/"):
+            raise OptionError(f"folder is {folder!r}, which names no bucket or folder: 's3://bucket/index'.")
         return RemoteFolder(folder)
     if isinstance(folder, str | Path) and str(folder):
         return LocalFolder(folder)

@@ -5,17 +5,18 @@ r"""One shard: the projected gradients of some rows at one checkpoint, as a safe
     norms     [r, G]  ‖g_c(z)‖² of each group of parameters, float32: full gradients, not projected
     checksums [r]     one float64 per row of data, so that rows that change between checkpoints are found
 
-No rate is in them. The header carries the digest of the manifest and one of every tensor, so that a tensor can be read
-by itself and is never read wrong. The name says the checkpoint and the rows.
+No rate is in them. The header carries the digest of the manifest, the fingerprint of the segment's rows, and a digest of
+every tensor, so that a tensor can be read by itself and is never read wrong. The name says the checkpoint and the rows.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ __all__ = [
     "Unit",
     "decoded",
     "encoded",
+    "first_row",
     "read_checksums",
     "read_features",
     "read_norms",
@@ -49,11 +51,12 @@ FORMAT = "tracin.index.shard"
 
 @dataclass(frozen=True, order=True)
 class Unit:
-    """One piece of work: the rows ``start`` to ``stop`` at a checkpoint."""
+    """One piece of work: the rows ``start`` to ``stop`` at a checkpoint; ``fingerprint`` is that of their segment."""
 
     checkpoint: int
     start: int
     stop: int
+    fingerprint: str | None = field(default=None, compare=False)
 
     @property
     def rows(self) -> int:
@@ -64,6 +67,12 @@ class Unit:
     def name(self) -> str:
         """The shard's file."""
         return f"c{self.checkpoint:04d}-{self.start:012d}-{self.stop:012d}.safetensors"
+
+
+def first_row(name: str) -> int | None:
+    """The first row of a shard, by the name of its file; None: the file is no shard."""
+    found = re.fullmatch(r"c\d{4,}-(\d{12,})-\d{12,}\.safetensors", name)
+    return None if found is None else int(found[1])
 
 
 @dataclass(frozen=True)
@@ -86,7 +95,7 @@ def units(manifest: Manifest, segments: Sequence[Segment]) -> list[Unit]:
         The units in order.
     """
     return [
-        Unit(checkpoint, start, min(start + manifest.shard_rows, segment.stop))
+        Unit(checkpoint, start, min(start + manifest.shard_rows, segment.stop), segment.fingerprint)
         for checkpoint in range(len(manifest.checkpoints))
         for segment in segments
         for start in range(segment.start, segment.stop, manifest.shard_rows)
@@ -131,6 +140,7 @@ def encoded(shard: Shard, unit: Unit, manifest: Manifest) -> bytes:
         "format": FORMAT,
         "manifest": manifest.digest,
         "unit": [unit.checkpoint, unit.start, unit.stop],
+        "rows": unit.fingerprint,
         "digests": {name: _tensor_digest(_bytes_of(tensor)) for name, tensor in sorted(tensors.items())},
     }
     return save(tensors, metadata={HEADER: json.dumps(content, sort_keys=True)})
@@ -162,7 +172,7 @@ def _layout(storage: Storage, unit: Unit, manifest: Manifest) -> _Layout:
     try:
         header: dict[str, Any] = json.loads(bytes(storage.read(unit.name, 8, 8 + length)).decode())
         content = json.loads(header.pop("__metadata__")[HEADER])
-        told = content["format"], content["manifest"], content["unit"]
+        told, rows = (content["format"], content["manifest"], content["unit"]), content["rows"]
         digests = dict(content["digests"])
         entries = {
             name: (_NAMES[entry["dtype"]], list(entry["shape"]), 8 + length + start, 8 + length + stop)
@@ -173,6 +183,8 @@ def _layout(storage: Storage, unit: Unit, manifest: Manifest) -> _Layout:
         raise _damaged(storage, unit, "its header cannot be read") from cause
     if told != (FORMAT, manifest.digest, [unit.checkpoint, unit.start, unit.stop]):
         raise _damaged(storage, unit, "it belongs to another index")
+    if rows != unit.fingerprint:
+        raise _damaged(storage, unit, "it was made of other rows")
     expected = _shapes(unit, manifest)
     if {
         name: (dtype, shape) for name, (dtype, shape, _, _) in entries.items() if name != "checksums"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -14,7 +15,17 @@ from tracin.errors import IndexFolderError, MissingExtraError, OptionError
 from tracin.index.kept.manifest import Segment
 from tracin.index.kept.storage import Storage
 
-__all__ = ["ROW", "columns_of", "same_table", "selected_rows", "table_bytes"]
+__all__ = [
+    "ROW",
+    "columns_of",
+    "refuse_other_types",
+    "same_table",
+    "selected_rows",
+    "sidecar_digest",
+    "sidecar_whole",
+    "sliced",
+    "table_bytes",
+]
 
 # The column of row ids, which every sidecar has.
 ROW = "row"
@@ -27,40 +38,125 @@ def _arrow(name: str) -> Any:
         raise MissingExtraError("an index's columns need pyarrow: pip install 'tracin[index]'") from cause
 
 
-def table_bytes(columns: Mapping[str, Any], segment: Segment) -> bytes:
-    """The sidecar of a segment.
+def sliced(columns: Mapping[str, Any] | None, rows: range, n: int) -> dict[str, Any] | None:
+    """The columns of some of the rows at hand.
 
     Args:
-        columns: One value per row: lists, arrays or tensors of numbers, texts, booleans.
-        segment: Its rows.
+        columns: One value for each of the n rows, by name.
+        rows: Consecutive rows.
+        n: All rows at hand.
 
     Returns:
-        A Parquet file.
+        One value for each of ``rows``; None where there are no columns.
 
     Raises:
-        OptionError: A column has another length, a name of ours, or values that Parquet cannot hold.
-        MissingExtraError: pyarrow is not installed.
+        OptionError: A column has another length or is no sequence, or a name is not free.
     """
-    arrow, parquet = _arrow("pyarrow"), _arrow("pyarrow.parquet")
-    arrays = {ROW: arrow.array(range(segment.start, segment.stop), arrow.int64())}
+    if not columns:
+        return None
+    if not isinstance(columns, Mapping):
+        raise OptionError(f"columns is a {type(columns).__name__}. Give a dict: name → one value per row.")
+    found = {}
     for name, values in columns.items():
         if name == ROW or not isinstance(name, str) or not name:
             raise OptionError(
                 f"columns: {name!r} cannot be a column's name. {ROW!r} holds the row ids already."
             )
         values = values.tolist() if isinstance(values, Tensor) else values
-        if len(values) != segment.rows:
+        if isinstance(values, str | bytes | Mapping) or not (
+            hasattr(values, "__len__") and hasattr(values, "__getitem__")
+        ):
             raise OptionError(
-                f"columns: {name!r} has {len(values)} values for {segment.rows} rows. Give one for each."
+                f"columns: {name!r} is a {type(values).__name__}. Give a list, an array or a tensor with one value per row."
             )
+        if len(values) != n:
+            raise OptionError(f"columns: {name!r} has {len(values)} values for {n} rows. Give one for each.")
+        found[name] = values[rows.start : rows.stop]
+    return found
+
+
+def sidecar_digest(content: bytes | memoryview) -> str:
+    """A hash of a sidecar's file, which the segment's record holds."""
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def sidecar_whole(storage: Storage, segment: Segment) -> bool:
+    """Whether the file of a segment's columns is there and is what was written; also where it has none.
+
+    Args:
+        storage: The index's folder.
+        segment: The segment.
+
+    Returns:
+        Whether nothing is missing or changed.
+    """
+    if not segment.columns:
+        return True
+    if not storage.has(segment.sidecar):
+        return False
+    return sidecar_digest(storage.read(segment.sidecar)) == segment.sidecar_digest
+
+
+def refuse_other_types(storage: Storage, segments: Sequence[Segment], content: bytes) -> None:
+    """Refuse a sidecar that cannot stand in one table with those that are there.
+
+    Args:
+        storage: The index's folder.
+        segments: The segments that are there.
+        content: The new sidecar, as ``table_bytes`` makes it.
+
+    Raises:
+        OptionError: A column is of another type; it is named.
+    """
+    if not segments or not segments[0].columns:
+        return
+    arrow = _arrow("pyarrow")
+    new = _arrow("pyarrow.parquet").read_table(io.BytesIO(content))
+    old = columns_of(storage, segments)
+    for name in old.column_names:
         try:
-            arrays[name] = arrow.array(values)
-        except (arrow.ArrowException, TypeError, ValueError) as cause:
+            arrow.concat_tables([old.select([name]), new.select([name])], promote_options="permissive")
+        except arrow.ArrowException as cause:
+            raise OptionError(
+                f"columns: {name!r} is {new.schema.field(name).type}, and {old.schema.field(name).type} in the rows before. "
+                "Give values of the same type."
+            ) from cause
+
+
+def table_bytes(columns: Mapping[str, Any], segment: Segment) -> bytes:
+    """The sidecar of a segment.
+
+    Args:
+        columns: One value per row, as ``sliced`` gives them: numbers, texts, booleans.
+        segment: Its rows.
+
+    Returns:
+        A Parquet file.
+
+    Raises:
+        OptionError: A column has values that Parquet cannot hold, or that are no single values.
+        MissingExtraError: pyarrow is not installed.
+    """
+    arrow, parquet = _arrow("pyarrow"), _arrow("pyarrow.parquet")
+    arrays = {ROW: arrow.array(range(segment.start, segment.stop), arrow.int64())}
+    for name, values in columns.items():
+        try:
+            arrays[name] = values if isinstance(values, arrow.ChunkedArray) else arrow.array(values)
+        except (arrow.ArrowException, TypeError, ValueError, OverflowError) as cause:
             raise OptionError(
                 f"columns: {name!r} cannot be kept ({cause}). Give numbers, texts or booleans of one type."
             ) from cause
+        if arrow.types.is_nested(arrays[name].type):
+            raise OptionError(
+                f"columns: {name!r} has lists as values. Give one number, text or boolean for each row."
+            )
     out = io.BytesIO()
-    parquet.write_table(arrow.table(arrays), out)
+    try:
+        parquet.write_table(arrow.table(arrays), out)
+    except arrow.ArrowException as cause:
+        raise OptionError(
+            f"columns cannot be kept ({cause}). Give numbers, texts or booleans of one type."
+        ) from cause
     return out.getvalue()
 
 
@@ -91,9 +187,14 @@ def columns_of(storage: Storage, segments: Sequence[Segment], names: Sequence[st
         return arrow.table({ROW: arrow.array(range(segments[-1].stop), arrow.int64())})
     tables = []
     for segment in segments:
+        content = storage.read(segment.sidecar)
+        if sidecar_digest(content) != segment.sidecar_digest:
+            raise IndexFolderError(
+                f"{storage.where}/{segment.sidecar} is damaged: it is not what was written. Run index build again with the same "
+                "columns: it makes this file anew."
+            )
         try:
-            content = io.BytesIO(storage.read(segment.sidecar))
-            table = parquet.read_table(content, columns=[ROW, *wanted])
+            table = parquet.read_table(io.BytesIO(content), columns=[ROW, *wanted])
         except (arrow.ArrowException, OSError) as cause:
             raise IndexFolderError(
                 f"{storage.where}/{segment.sidecar} is damaged ({cause}). Restore it, or build the index again."
@@ -123,13 +224,34 @@ def same_table(storage: Storage, segment: Segment, content: bytes) -> bool:
     return bool(mine.select(sorted(mine.column_names)).equals(other.select(sorted(other.column_names))))
 
 
+def _is_in(name: str, value: Any) -> Any:
+    """An expression: the column has the value, or one of the values."""
+    arrow, compute = _arrow("pyarrow"), _arrow("pyarrow.compute")
+    value = _plain(value)
+    values = list(value) if isinstance(value, list | tuple | set | frozenset | range) else [value]
+    values = [_plain(one) for one in values]
+    try:
+        return compute.field(name).isin(arrow.array(values))
+    except (arrow.ArrowException, TypeError, ValueError, OverflowError) as cause:
+        raise OptionError(
+            f"where: {name!r} cannot be compared with {str(value)[:60]} ({cause}). Give a number, a text or a boolean, or a list "
+            "of them."
+        ) from cause
+
+
+def _plain(value: Any) -> Any:
+    """Tensors, and arrays and numbers of NumPy, as Python's own."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def selected_rows(storage: Storage, segments: Sequence[Segment], where: Any) -> Tensor:
     """The rows that a filter keeps, bool [n].
 
     Args:
         storage: The index's folder.
         segments: Its segments.
-        where: ``{"label": 3, "split": ["a", "b"]}``: every column has the value, or one of the values; or an expression of
+        where: ``{"label": 3, "split": ["a", "b"]}``: every column has the value, or one of the values (a list, a set, a range,
+            an array or a tensor); or an expression of
             ``pyarrow.compute``, such as ``pc.field("length") > 100``.
 
     Returns:
@@ -144,8 +266,7 @@ def selected_rows(storage: Storage, segments: Sequence[Segment], where: Any) -> 
         table = columns_of(storage, segments, list(where))
         expression = None
         for name, value in where.items():
-            values = list(value) if isinstance(value, list | tuple | set | frozenset) else [value]
-            part = compute.field(name).isin(values)
+            part = _is_in(name, value)
             expression = part if expression is None else expression & part
     elif isinstance(where, compute.Expression):
         table, expression = columns_of(storage, segments), where
@@ -155,7 +276,7 @@ def selected_rows(storage: Storage, segments: Sequence[Segment], where: Any) -> 
         )
     try:
         kept = table if expression is None else table.filter(expression)
-    except arrow.ArrowException as cause:
+    except (arrow.ArrowException, TypeError, ValueError, OverflowError) as cause:
         raise OptionError(
             f"where cannot be applied: {cause}. Columns: {', '.join(table.column_names)}."
         ) from cause

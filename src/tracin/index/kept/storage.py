@@ -84,11 +84,14 @@ class LocalFolder:
         with self._told("list"):
             if not self.path.exists():
                 return set()
-            return {entry.name for entry in os.scandir(self.path) if not entry.name.startswith(PARTIAL)}
+            found = list(os.scandir(self.path))
+            return {
+                entry.name for entry in found if not entry.name.startswith(PARTIAL) and not entry.is_dir()
+            }
 
     def has(self, name: str) -> bool:
         with self._told("read", name):
-            return (self.path / name).exists()
+            return (self.path / name).is_file()
 
     def size(self, name: str) -> int:
         with self._told("read", name):
@@ -182,6 +185,8 @@ class LocalFolder:
                 mend = "Make room, and run the same command again: what was finished is kept."
             elif cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
                 mend = "Give yourself the right to it, or choose another folder."
+            elif cause.errno == errno.EISDIR:
+                mend = "A folder lies where this file belongs: remove it, and run the same command again."
             else:
                 mend = "Check the folder and its disk."
             raise IndexFolderError(f"cannot {doing} {path}: {cause.strerror or cause}. {mend}") from cause

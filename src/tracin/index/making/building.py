@@ -8,22 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
-
-from torch import Tensor
 
 from tracin.errors import IndexFolderError
 from tracin.gradients.projection import Projection
 from tracin.index.kept.manifest import MANIFEST, Manifest, Segment, read_manifest, read_segments
-from tracin.index.kept.shards import Unit, encoded, read_checksums, units
-from tracin.index.kept.sidecar import same_table, table_bytes
+from tracin.index.kept.shards import Unit, encoded, first_row, units
+from tracin.index.kept.sidecar import (
+    refuse_other_types,
+    same_table,
+    sidecar_digest,
+    sidecar_whole,
+    sliced,
+    table_bytes,
+)
 from tracin.index.kept.storage import Storage
+from tracin.index.making.comparing import known_checksums
 from tracin.index.making.tracing import Tracer, tracing
 from tracin.methods.tracin_cp import TracInCP
 
-__all__ = ["Begun", "Building", "InMemory", "Rows", "apart", "begin", "begin_segment"]
+__all__ = ["Begun", "Building", "InMemory", "Rows", "apart", "begin", "begin_segment", "spans"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,8 @@ def begin(storage: Storage, manifest: Manifest) -> Manifest:
     Raises:
         IndexFolderError: The folder holds another index; the differences are named.
     """
-    if storage.create(MANIFEST, manifest.to_bytes()):
+    # A whole index is only read, so that it may lie where nothing can be written.
+    if not storage.has(MANIFEST) and storage.create(MANIFEST, manifest.to_bytes()):
         return manifest
     there = read_manifest(storage)
     differences = there.differences(manifest)
@@ -77,50 +84,144 @@ def begin(storage: Storage, manifest: Manifest) -> Manifest:
     return there
 
 
-def begin_segment(storage: Storage, tracer: Tracer, start: int, columns: Mapping[str, Any] | None) -> Segment:
-    """Enter the rows at hand from id ``start`` on, or compare them with those that are there.
+def spans(storage: Storage, segments: Sequence[Segment], n: int) -> list[range]:
+    """The segments of n rows from the first row of an index on.
+
+    Args:
+        storage: The index's folder.
+        segments: Its segments.
+        n: Rows at hand.
+
+    Returns:
+        Rows of each segment; all n where there is at most one segment.
+
+    Raises:
+        IndexFolderError: The rows end within a segment, or behind the last one.
+    """
+    if len(segments) <= 1:
+        return [range(n)]
+    covered = [range(one.start, one.stop) for one in segments if one.stop <= n]
+    if not covered or covered[-1].stop != n:
+        told = " + ".join(str(one.rows) for one in segments)
+        raise IndexFolderError(
+            f"{storage.where} was begun with {segments[-1].stop} rows ({told}), and {n} are given. Give the same rows: all, or "
+            "those of the first segments; new ones are added by index append."
+        )
+    return covered
+
+
+def begin_segment(
+    storage: Storage, tracer: Tracer, start: int, columns: Mapping[str, Any] | None, rows: range | None = None
+) -> Segment:
+    """Enter rows from id ``start`` on, or compare them with those that are there.
 
     Args:
         storage: The index's folder.
         tracer: The opened rows.
-        start: The id of the first one.
-        columns: The sidecar's columns, one value per row.
+        start: The id of the first row that is entered.
+        columns: The sidecar's columns, one value for each row at hand.
+        rows: Which of the rows at hand; all unless given.
 
     Returns:
         The segment.
 
     Raises:
         IndexFolderError: Other rows were entered there.
-        OptionError: A column has another length.
+        OptionError: A column has another length, or another type than in the rows before.
     """
-    names = tuple(columns or ())
-    segment = Segment(start, tracer.rows, tracer.fingerprint(), names)
-    table = table_bytes(columns, segment) if columns else None
-    if table is not None and not storage.has(segment.name):
-        storage.write(segment.sidecar, table)
-    if storage.create(segment.name, segment.to_bytes()):
-        return segment
-    there = next(found for found in read_segments(storage) if found.start == start)
-    if there.rows != segment.rows:
+    rows = range(tracer.rows) if rows is None else rows
+    own = sliced(columns, rows, tracer.rows) or {}
+    there, before = _entered(storage, start)
+    if there is not None and set(there.columns) == set(own):
+        own = {name: own[name] for name in there.columns}
+    segment = Segment(start, len(rows), tracer.fingerprint(rows), tuple(own))
+    table = table_bytes(own, segment) if own else None
+    if table is not None:
+        segment = replace(segment, sidecar_digest=sidecar_digest(table))
+    if there is None:
+        if table is not None:
+            refuse_other_types(storage, before, table)
+            storage.write(segment.sidecar, table)
+        if storage.create(segment.name, segment.to_bytes()):
+            return segment
+        there, _ = _entered(storage, start)
+    if there is None:
         raise IndexFolderError(
+            f"{storage.where}/{segment.name} was removed meanwhile. Run the command again."
+        )
+    told = _difference(storage, there, segment)
+    if told is None:
+        return _with_sidecar(storage, there, table)
+    if not _has_shards(storage, start):
+        if table is not None:
+            refuse_other_types(storage, before, table)
+        _replace(storage, there, segment, table)
+        return segment
+    raise IndexFolderError(told)
+
+
+def _entered(storage: Storage, start: int) -> tuple[Segment | None, list[Segment]]:
+    """The segment that begins there, and those before."""
+    found = read_segments(storage)
+    there = next((one for one in found if one.start == start), None)
+    return there, [one for one in found if one.start < start]
+
+
+def _difference(storage: Storage, there: Segment, segment: Segment) -> str | None:
+    """What is wrong with rows that should be those of a segment; None: nothing."""
+    if there.rows != segment.rows:
+        return (
             f"{storage.where} was begun with {there.rows} rows, and {segment.rows} are given. Give the same rows; new ones are "
             "added by index append."
         )
     if there.fingerprint != segment.fingerprint:
-        raise IndexFolderError(
+        return (
             f"{storage.where} was begun with other rows: their content has changed. Give the same rows, or build into another "
             "folder."
         )
-    if columns and set(there.columns) != set(names):
-        raise IndexFolderError(
-            f"{storage.where} was begun with the columns {', '.join(there.columns) or 'none'}, and {', '.join(names)} are given. "
-            "Give the same columns."
+    if segment.columns and set(there.columns) != set(segment.columns):
+        return (
+            f"{storage.where} was begun with the columns {', '.join(there.columns) or 'none'}, and {', '.join(segment.columns)} "
+            "are given. Give the same columns."
         )
-    if table is not None and not same_table(storage, there, table):
-        raise IndexFolderError(
-            f"{storage.where} was begun with other values in its columns. Give the same values, or build into another folder."
-        )
+    return None
+
+
+def _with_sidecar(storage: Storage, there: Segment, table: bytes | None) -> Segment:
+    """Compare the columns; a damaged file of them is made anew."""
+    if table is None:
+        return there
+    told = "Give the same values, or build into another folder."
+    if not sidecar_whole(storage, there):
+        if sidecar_digest(table) != there.sidecar_digest:
+            raise IndexFolderError(
+                f"{storage.where}/{there.sidecar} is damaged, and the columns that are given are not those that were kept. {told}"
+            )
+        storage.write(there.sidecar, table)
+    elif not same_table(storage, there, table):
+        raise IndexFolderError(f"{storage.where} was begun with other values in its columns. {told}")
     return there
+
+
+def _has_shards(storage: Storage, start: int) -> bool:
+    """Whether there is a shard of a row from this one on: what was begun, and may not be replaced."""
+    starts = [first_row(name) for name in storage.names()]
+    return any(one is not None and one >= start for one in starts)
+
+
+def _replace(storage: Storage, there: Segment, segment: Segment, table: bytes | None) -> None:
+    """Enter other rows in place of some that have no shard, such as those of a build that failed at once."""
+    later = [one.name for one in read_segments(storage) if one.start > there.start]
+    if later:
+        raise IndexFolderError(
+            f"{storage.where}/{there.name} holds other rows, and {later[0]} comes behind it. Remove the segments from the last "
+            "one on, or build into another folder."
+        )
+    if table is not None:
+        storage.write(segment.sidecar, table)
+    storage.write(segment.name, segment.to_bytes())
+    if table is None and there.columns:
+        storage.remove(there.sidecar)
 
 
 @runtime_checkable
@@ -187,20 +288,9 @@ class Building:
 def _make(storage: Storage, begun: Begun, tracer: Tracer, unit: Unit) -> None:
     if storage.has(unit.name):
         return
-    known = _known_checksums(storage, begun.manifest, unit)
+    known = known_checksums(storage, begun.manifest, unit)
     shard = tracer.shard(unit, begun.offset, begun.manifest, known)
     storage.write(unit.name, encoded(shard, unit, begun.manifest))
-
-
-def _known_checksums(storage: Storage, manifest: Manifest, unit: Unit) -> Tensor | None:
-    """The checksums of the same rows in the shard of the first checkpoint, where it is there and whole."""
-    first = Unit(0, unit.start, unit.stop)
-    if unit.checkpoint == 0 or not storage.has(first.name):
-        return None
-    try:
-        return read_checksums(storage, first, manifest)
-    except IndexFolderError:
-        return None
 
 
 def apart(wanted: Sequence[Unit], seed: int) -> list[Unit]:

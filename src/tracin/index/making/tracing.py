@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tracin.checksums import row_checksums
-from tracin.data import Batch, rows_per_batch, to_device
+from tracin.checksums import row_checksums, same_checksums
+from tracin.data import Batch, RowSource, rows_per_batch, to_device
 from tracin.errors import DataError, IndexFolderError
 from tracin.gradients.blocks import Block
 from tracin.gradients.engine import BatchGradients
@@ -30,7 +30,7 @@ from tracin.methods.tracin_cp import TracInCP
 from tracin.scoring.run import Run, opened, refuse_products
 from tracin.tasks import Task
 
-__all__ = ["Choices", "Tracer", "altered", "choices_of", "tracing"]
+__all__ = ["Choices", "Tracer", "altered", "choices_of", "loss_name", "tracing"]
 
 # Rows whose content tells one training set from another.
 FINGERPRINT_ROWS = 64
@@ -43,6 +43,11 @@ class Choices:
     projection: Projection
     dtype: str
     shard_rows: int
+
+
+def loss_name(task: Task) -> str:
+    """What a manifest calls the training loss."""
+    return getattr(task.loss, "__name__", type(task.loss).__name__)
 
 
 def choices_of(manifest: Manifest) -> Choices:
@@ -133,7 +138,7 @@ class Tracer:
         names = list(run.selection.traced)
         return Manifest(
             model=type(run.task.model).__name__,
-            loss=getattr(run.task.loss, "__name__", type(run.task.loss).__name__),
+            loss=loss_name(run.task),
             parameters={name: list(run.selection.traced[name].shape) for name in names},
             checkpoints=[
                 {**facts, "digest": digest} for facts, digest in zip(described, digests, strict=True)
@@ -186,17 +191,27 @@ class Tracer:
         for batch in self._batches(range(min(manifest.batch_rows, self.rows)), manifest.batch_rows):
             self._gradients(batch)
 
-    def fingerprint(self) -> str | None:
+    @property
+    def source(self) -> RowSource:
+        """The data."""
+        return self._run.train.rows
+
+    def fingerprint(self, rows: range) -> str | None:
         """A hash of the number of rows and of some rows' content, the first and the last among them.
+
+        Args:
+            rows: Consecutive rows of the data.
 
         Returns:
             The hash, or None where no tensor has a row per example.
         """
-        places = torch.linspace(0, self.rows - 1, min(self.rows, FINGERPRINT_ROWS)).round().long().tolist()
+        n = len(rows)
+        spread = torch.linspace(0, n - 1, min(n, FINGERPRINT_ROWS)).round().long()
+        places = (rows.start + spread).tolist()
         sums = row_checksums(Batch(places, self._run.train.rows.take(places)), double=True)
         if sums is None:
             return None
-        return hashlib.sha256(f"{self.rows};".encode() + sums.numpy().tobytes()).hexdigest()[:32]
+        return hashlib.sha256(f"{n};".encode() + sums.numpy().tobytes()).hexdigest()[:32]
 
     def shard(self, unit: Unit, offset: int, manifest: Manifest, known: Tensor | None = None) -> Shard:
         """The projected gradients of a unit's rows.
@@ -223,7 +238,7 @@ class Tracer:
         features, norms, checksums = [], [], []
         rows = range(unit.start - offset, unit.stop - offset)
         for batch in self._batches(rows, manifest.batch_rows):
-            checksums.append(row_checksums(batch))
+            checksums.append(row_checksums(batch, double=True))
             found = self._gradients(batch)
             features.append(self._features(found, batch, unit.checkpoint))
             norms.append(self._norms(found, batch))
@@ -258,7 +273,7 @@ class Tracer:
         if sums is None:
             return
         seen = self._seen.setdefault((unit.start, unit.stop), sums if known is None else known)
-        changed = (seen != sums) & ~(seen.isnan() & sums.isnan())
+        changed = ~same_checksums(seen, sums)
         if bool(changed.any()):
             row = rows[int(changed.nonzero()[0])]
             raise DataError(
