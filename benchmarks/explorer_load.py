@@ -117,13 +117,14 @@ async def reading(client: Connection, pages: list[str], end: float) -> None:
 
 async def deciding(client: Connection, rows: list[int], end: float) -> None:
     """Decide on rows of its own, over and over."""
+    log = json.loads((await client.ask("GET", "/api/study"))[1])["log"]
     seen: dict[int, int] = {}
     while time.perf_counter() < end:
         for row in rows:
-            told = {"id": str(uuid.uuid4()), "row": row, "action": "keep", "seen": seen.get(row)}
+            told = {"id": str(uuid.uuid4()), "row": row, "action": "keep", "seen": seen.get(row), "log": log}
             answer = await client.timed("POST", "/api/decisions", json.dumps(told).encode())
-            if not answer:
-                return
+            if not answer or "seq" not in json.loads(answer):
+                return  # counted as an error
             seen[row] = json.loads(answer)["seq"]
 
 
