@@ -51,6 +51,7 @@ bench: $(BENCH_STAMP)
 study: $(DEV_STAMP)
 	$(BIN)/python benchmarks/mislabelled.py
 	$(BIN)/python benchmarks/mislabelled.py --write-docs
+	$(BIN)/python benchmarks/audit.py
 	$(BIN)/python benchmarks/audit.py --write-docs
 
 clean:

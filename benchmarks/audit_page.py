@@ -170,7 +170,8 @@ def _data(groups: list[Group]) -> str:
     fetched = ", ".join(f"{title} by {ABSENT[name]}" for name, title in FETCHED.items())
     return (
         "\n".join(lines)
-        + f"\n\n{made} Fetched into the folder that `--cache` names, and not part of tracin: {fetched}."
+        + f"\n\n{made} The texts' models are trained with Adam, the others with SGD. Fetched into the folder that `--cache` "
+        + f"names, and not part of tracin: {fetched}."
     )
 
 
