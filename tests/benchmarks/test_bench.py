@@ -19,6 +19,9 @@ import measure  # noqa: E402
 import table  # noqa: E402
 import workloads  # noqa: E402
 
+# Modules there have the names of folders here, such as index, and would stand before them.
+sys.path.remove(str(FOLDER))
+
 TINY = "gpt:rows=8,queries=3,checkpoints=1,batch=4,length=8,width=16"
 
 

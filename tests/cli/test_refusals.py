@@ -128,7 +128,7 @@ def test_a_full_disk_leaves_the_older_file(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("csv.DictWriter.writerows", full)
+    monkeypatch.setattr("csv.DictWriter.writerow", full)
     with pytest.raises(ResultError, match=r"suspects\.csv.*No space left"):
         folder.table("suspects", [{"train": 2}])
     assert (tmp_path / "suspects.csv").read_bytes() == before
