@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, default_collate
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, Subset, default_collate
 
 from tracin.batch import Batch, describe_rows, in_pinned_memory, to_device, user_code, value_bytes
 from tracin.errors import DataError, OptionError
@@ -365,3 +365,22 @@ def open_rows(
     if len(rows) == 0:
         raise DataError(f"{name} is empty: at least one row is needed.")
     return rows
+
+
+def rows_of(data: Any, ids: Sequence[int]) -> Any:
+    """Some rows of the user's data, as data.
+
+    Args:
+        data: As a method takes it.
+        ids: Positions.
+
+    Returns:
+        The rows; of a loader a loader, so that they are collated as before.
+    """
+    if isinstance(data, DataLoader):
+        rows = Subset(data.dataset, list(ids))
+        return DataLoader(rows, batch_size=data.batch_size or AUTO_ROWS, collate_fn=data.collate_fn)
+    if isinstance(data, tuple | Mapping | Tensor):
+        index = torch.as_tensor(list(ids), dtype=torch.int64)
+        return pytree.tree_map(lambda leaf: torch.as_tensor(leaf)[index], data)
+    return Subset(data, list(ids))

@@ -8,7 +8,6 @@ Axis letters: c checkpoints · q queries · n train rows.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -22,6 +21,7 @@ from tracin.checkpoints import Trajectory
 from tracin.data import RowSource, open_rows, rows_per_batch
 from tracin.errors import LossError, OptionError
 from tracin.methods import TracInCP
+from tracin.methods.altering import altered
 from tracin.progress import progress
 from tracin.results import Ranking, TopK
 from tracin.scoring.evaluation import Evaluation, evaluate
@@ -30,7 +30,15 @@ from tracin.scoring.run import opened
 from tracin.shapes import Float, Int
 from tracin.tasks import Task
 
-__all__ = ["Attribution", "Lesson", "Target", "evaluate_rows", "explain", "lesson_of"]
+__all__ = [
+    "Attribution",
+    "Lesson",
+    "Target",
+    "evaluate_rows",
+    "explain",
+    "lesson_of",
+    "target_words",
+]
 
 PREDICTED, LABEL = "predicted", "label"
 
@@ -46,6 +54,26 @@ class Target:
 
     kind: Literal["predicted", "label", "class"]
     number: int | None = None
+
+
+def target_words(target: Target, name: Callable[[int], str]) -> str:
+    """Whose loss is explained, in words.
+
+    Args:
+        target: The target.
+        name: The name of a class.
+
+    Returns:
+        Such as ``"the predicted class, cat"``.
+    """
+    if target.number is None:
+        return "its own target"
+    told = name(target.number)
+    return {
+        "predicted": f"the predicted class, {told}",
+        "label": f"the label, {told}",
+        "class": f"the class {told}",
+    }[target.kind]
 
 
 @dataclass(frozen=True, eq=False)
@@ -319,7 +347,7 @@ def _asked(
 
     loader = DataLoader(range(len(chosen)), batch_size=size, collate_fn=batch_of)  # type: ignore[arg-type]
     task = replace(method.task, query_loss=_class_loss(method.task))
-    return _with_task(method, task), loader
+    return altered(method, task=task), loader
 
 
 def _class_loss(task: Task) -> Callable[[nn.Module, Any], Tensor]:
@@ -337,13 +365,6 @@ def _class_loss(task: Task) -> Callable[[nn.Module, Any], Tensor]:
         return F.cross_entropy(logits, batch["classes"], reduction="none")
 
     return class_loss
-
-
-def _with_task(method: TracInCP, task: Task) -> TracInCP:
-    """The same method on another task; it was warned of its trajectory when it was made."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return TracInCP(task, method.trajectory, **vars(method.settings))
 
 
 def _contributions(

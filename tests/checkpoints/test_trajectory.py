@@ -44,6 +44,13 @@ def test_natural_keys_of_any_names_compare(texts: list[str]) -> None:
     assert len(sorted(texts, key=natural_key)) == len(texts)
 
 
+def test_steps_are_those_recorded_or_places() -> None:
+    state = {"w": torch.zeros(1)}
+    known = [Checkpoint(state, learning_rate=0.1, step=step) for step in (5, 30)]
+    assert Trajectory(known).steps == [5, 30]
+    assert Trajectory([*known, Checkpoint(state, learning_rate=0.1)]).steps == [1, 2, 3]
+
+
 def test_a_folder_in_natural_order(tmp_path: Path) -> None:
     put(tmp_path, "ckpt-10.pt", "ckpt-2.safetensors", "ckpt-1.pth", "ckpt-100.ckpt")
     put(tmp_path, ".partial-12.safetensors", "notes.txt", "scores.npz")

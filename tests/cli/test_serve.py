@@ -160,6 +160,7 @@ def study():
         (("--host", "0.0.0.0"), "--token"),
         (("--token", "short"), "16"),
         (("--precision", "2.0"), "--precision"),
+        (("--precision", "0.8"), "add --calibrate"),
         (("--evidence", "-1"), "--evidence"),
         (("--explained", "-1"), "--explained"),
         (("--calibrate",), "fit"),

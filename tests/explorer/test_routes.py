@@ -193,6 +193,17 @@ def test_suspects_are_those_of_the_audit(source, client):
     assert {item["given"] for item in cats} == {"cat"}
 
 
+def test_rows_of_a_class_without_a_name_are_found(tmp_path):
+    source = source_of(picture_study(class_names=["cat", "", "dog"]))
+    client = client_of(source, tmp_path)
+    everything = client.json("/api/suspects", show="all", limit=500)
+    nameless = client.json("/api/suspects", show="all", given="", limit=500)
+    assert 0 < nameless["total"] < everything["total"]
+    assert {item["given"] for item in nameless["items"]} == {""}
+    assert {item["label"] for item in client.json("/api/test", label="")["items"]} == {""}
+    source.answers.close()
+
+
 def test_trust_tells_coverage_verification_and_cost(source, client):
     told = client.json("/api/trust")
     assert told["coverage"]["fraction"] == 1.0

@@ -6,22 +6,21 @@ Axis letters: n train rows · m rows with evidence · k evidence rows of each si
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tracin.audit.parts import NONE, Evidence
-from tracin.data import open_rows
-from tracin.index.asking.estimate import rows_of
+from tracin.data import open_rows, rows_of
 from tracin.index.index import Index
-from tracin.index.making.tracing import altered
 from tracin.methods import TracInCP
+from tracin.methods.altering import with_training_loss
 from tracin.results import Ranking
 from tracin.shapes import Float, Int
 
-__all__ = ["AGREEMENT", "Found", "evidence_of", "opposition_of", "with_training_loss"]
+__all__ = ["AGREEMENT", "Found", "evidence_of", "opposition_of"]
 
 AGREEMENT = 25
 """How many rows of each sign the agreement is taken over."""
@@ -38,20 +37,6 @@ class Found:
 
     evidence: Evidence
     agreement: Float[Tensor, " m"]
-
-
-def with_training_loss(method: TracInCP) -> TracInCP:
-    """The method that asks about training rows, whose loss is the training loss.
-
-    Args:
-        method: A method.
-
-    Returns:
-        It, without a query loss of its own.
-    """
-    if method.task.query_loss is None:
-        return method
-    return altered(method, task=replace(method.task, query_loss=None))
 
 
 def evidence_of(method: TracInCP, index: Index | None, train: Any, rows: Sequence[int], k: int) -> Found:

@@ -20,8 +20,8 @@ from tracin.audit.signals import Seen, features_of, has_head, see, targets_of
 from tracin.data import open_rows
 from tracin.errors import DataError, OptionError
 from tracin.index.index import Index
-from tracin.index.making.tracing import altered
 from tracin.methods import TracInCP
+from tracin.methods.altering import altered
 from tracin.options import whole_number
 from tracin.results import SelfInfluence
 

@@ -88,6 +88,12 @@ class Trajectory(Sequence[Checkpoint]):
             return Trajectory(self.checkpoints[index])
         return self.checkpoints[index]
 
+    @property
+    def steps(self) -> list[int]:
+        """The step of each checkpoint, or its place from 1 on where a step is unknown."""
+        steps = [checkpoint.step for checkpoint in self.checkpoints if checkpoint.step is not None]
+        return steps if len(steps) == len(self.checkpoints) else list(range(1, len(self.checkpoints) + 1))
+
     def __len__(self) -> int:
         return len(self.checkpoints)
 

@@ -8,7 +8,7 @@ from typing import Any
 from tracin.audit import Audit, calibrate, find_label_issues
 from tracin.cli import options
 from tracin.cli.cards import Known, Rows
-from tracin.cli.commands import refuse_below_one, save_report
+from tracin.cli.commands import precision_of, refuse_below_one, save_report
 from tracin.cli.output import Folder
 from tracin.cli.printing import heading, percent, say, table
 from tracin.cli.telling import as_text, tell_coverage
@@ -27,7 +27,6 @@ KEPT = "audit"
 """The folder under ``--out`` that holds the audit itself."""
 
 _PAIRS = 5
-_PRECISION = 0.9
 _FILES = {"cleanlab": "cleanlab.csv", "label-studio": "label-studio.json"}
 
 
@@ -53,13 +52,7 @@ def run(command: options.Audit) -> int:
 
 def _refuse_unused(command: options.Audit) -> None:
     """What would be read by nothing is a mistake."""
-    if command.precision is not None:
-        if not 0.0 < command.precision < 1.0:
-            raise OptionError(f"--precision is {command.precision}: give a share between 0 and 1.")
-        if not command.calibrate:
-            raise OptionError(
-                "--precision is for the cut-off of --calibrate: add --calibrate, or leave it out."
-            )
+    precision_of(command.calibrate, command.precision)
     if command.export and command.output.out is None:
         raise OptionError(
             f"--export {' '.join(command.export)} writes into the folder of --out: add --out FOLDER, or leave it out."
@@ -80,7 +73,7 @@ def _audited(
     )
     if not command.calibrate:
         return found
-    precision = _PRECISION if command.precision is None else command.precision
+    precision = precision_of(command.calibrate, command.precision)
     return found.calibrated(calibrate(study, precision=precision, method=method))
 
 

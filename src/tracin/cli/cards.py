@@ -9,12 +9,12 @@ from typing import Literal
 from torch import Tensor
 
 from tracin.checkpoints import Trajectory
-from tracin.explain import Attribution, Target, evaluate_rows
+from tracin.explain import Attribution, evaluate_rows, target_words
 from tracin.methods import TracInCP
 from tracin.plots import Card, Explanation, LossPath
 from tracin.study import Study
 
-__all__ = ["Known", "Rows", "explanation", "known", "known_of", "steps_of", "target_words"]
+__all__ = ["Known", "Rows", "explanation", "known", "known_of"]
 
 
 @dataclass(frozen=True)
@@ -77,24 +77,6 @@ class Rows:
         return None if label is None else self.study.class_name(label)
 
 
-def target_words(study: Study, target: Target) -> str:
-    """Whose loss is explained, in words."""
-    if target.number is None:
-        return "its own target"
-    name = study.class_name(target.number)
-    return {
-        "predicted": f"the predicted class, {name}",
-        "label": f"the label, {name}",
-        "class": f"the class {name}",
-    }[target.kind]
-
-
-def steps_of(trajectory: Trajectory) -> list[int]:
-    """The step of each checkpoint, or its place from 1 on where a step is unknown."""
-    steps = [checkpoint.step for checkpoint in trajectory if checkpoint.step is not None]
-    return steps if len(steps) == len(trajectory) else list(range(1, len(trajectory) + 1))
-
-
 def explanation(attribution: Attribution, method: TracInCP, train: Rows, top: int) -> Explanation:
     """The cards of one target of one query, with its loss along the trajectory."""
     lists = attribution.top_k(top)
@@ -110,9 +92,9 @@ def explanation(attribution: Attribution, method: TracInCP, train: Rows, top: in
         query=Rows(train.study, "test", {attribution.query: asked}).card(attribution.query),
         proponents=sides[0],
         opponents=sides[1],
-        target=target_words(train.study, attribution.target),
+        target=target_words(attribution.target, train.study.class_name),
         path=LossPath(
-            steps=tuple(steps_of(method.trajectory)),
+            steps=tuple(method.trajectory.steps),
             losses=attribution.losses.double(),
             contributions=attribution.contributions.double(),
             train_ids=lists.proponents.ids.new_tensor(range(attribution.contributions.shape[1])),

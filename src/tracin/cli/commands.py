@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
-
-from torch.utils.data import DataLoader
 
 from tracin.cli import options
 from tracin.cli.cards import Known, Rows, explanation, known_of
@@ -20,7 +17,7 @@ from tracin.cli.records import (
     route_records,
 )
 from tracin.cli.telling import tell_attribution, tell_verification
-from tracin.data import open_rows, rows_per_batch
+from tracin.data import open_rows, rows_of
 from tracin.errors import OptionError
 from tracin.explain import Attribution, explain
 from tracin.methods import TracInCP
@@ -33,11 +30,15 @@ __all__ = [
     "explain_rows",
     "explained",
     "plan",
+    "precision_of",
     "refuse_below_one",
     "save_explained",
     "save_report",
     "verify",
 ]
+
+PRECISION = 0.9
+"""The share of flagged rows that is to be wrong, where --precision says nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,12 +192,32 @@ def plan(command: options.Plan) -> int:
     return 0
 
 
-def _first(method: TracInCP, test: Any, count: int) -> DataLoader:
+def _first(method: TracInCP, test: Any, count: int) -> Any:
     refuse_below_one("--queries", count)
-    size = rows_per_batch(method.settings.batch_size)
-    source = open_rows(test, name="test", batch_size=size)
-    rows = list(islice(range(len(source)), count))
-    return DataLoader(rows, batch_size=size, collate_fn=source.take)  # type: ignore[arg-type]
+    n = len(open_rows(test, name="test", batch_size=method.settings.batch_size))
+    return rows_of(test, range(min(count, n)))
+
+
+def precision_of(calibrate: bool, precision: float | None) -> float:
+    """The precision that a calibrated cut-off is to reach.
+
+    Args:
+        calibrate: Whether ``--calibrate`` was given.
+        precision: What ``--precision`` gave.
+
+    Returns:
+        A share between 0 and 1.
+
+    Raises:
+        OptionError: It is no such share, or is given without ``--calibrate``.
+    """
+    if precision is None:
+        return PRECISION
+    if not 0.0 < precision < 1.0:
+        raise OptionError(f"--precision is {precision}: give a share between 0 and 1.")
+    if not calibrate:
+        raise OptionError("--precision is for the cut-off of --calibrate: add --calibrate, or leave it out.")
+    return precision
 
 
 def refuse_below_one(name: str, value: int) -> None:

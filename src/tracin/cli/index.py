@@ -13,11 +13,10 @@ from tracin.cli.cards import Known, known_of
 from tracin.cli.options import Settings
 from tracin.cli.output import Folder
 from tracin.cli.printing import heading, say, table
-from tracin.data import open_rows
+from tracin.data import open_rows, rows_of
 from tracin.errors import OptionError
 from tracin.explain import evaluate_rows
 from tracin.gradients.projection import Projection
-from tracin.index.asking.estimate import rows_of
 from tracin.index.index import FEATURES, Index
 from tracin.index.kept.contents import contents_of
 from tracin.index.kept.places import storage_of

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tracin.cli.cards import Known, known, steps_of
+from tracin.cli.cards import Known, known
 from tracin.explain import Attribution, Lesson
 from tracin.methods import TracInCP
 from tracin.plots import Explanation
@@ -98,7 +98,7 @@ def contribution_records(method: TracInCP, attribution: Attribution, shown: Expl
     sums = zip(
         attribution.losses.tolist(), shown.path.lowered.tolist(), shown.path.raised.tolist(), strict=True
     )
-    steps = steps_of(method.trajectory)
+    steps = method.trajectory.steps
     return [
         {
             "query": attribution.query,

@@ -8,7 +8,7 @@ from pathlib import Path
 from socket import socket
 from typing import Any
 
-from tracin.cli.commands import refuse_below_one
+from tracin.cli.commands import precision_of, refuse_below_one
 from tracin.cli.output import Folder
 from tracin.cli.printing import clean, say
 from tracin.cli.serve_options import Serve
@@ -44,6 +44,7 @@ def run(command: Serve) -> int:
 def _folder(command: Serve, token: str | None) -> int:
     if command.out is not None or command.calibrate:
         raise OptionError("--out and --calibrate need a study file: a kept folder is shown as it is.")
+    precision_of(command.calibrate, command.precision)
     log = command.decisions or command.what / LOG
     with _listening(command) as place:
         source = kept_source(command.what)
@@ -55,8 +56,7 @@ def _file(command: Serve, token: str | None) -> int:
     whole_number(command.evidence, "--evidence", 0)
     whole_number(command.explained, "--explained", 0)
     refuse_below_one("--port", command.port + 1)
-    if not 0.0 < command.precision < 1.0:
-        raise OptionError(f"--precision is {command.precision}: give a share between 0 and 1.")
+    precision = precision_of(command.calibrate, command.precision)
     beside = command.what.with_name(f"{command.what.stem}.decisions.jsonl")
     path = command.decisions or (command.out / LOG if command.out else beside)
     folder = Folder(command.out)
@@ -69,7 +69,7 @@ def _file(command: Serve, token: str | None) -> int:
             title=command.what.stem,
             evidence=command.evidence,
             calibrated=command.calibrate,
-            precision=command.precision,
+            precision=precision,
             clock=Clock(lambda stage: None if command.settings.quiet else say(f"Preparing: {stage}")),
         )
         log = _log(path, source)

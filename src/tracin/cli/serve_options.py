@@ -54,8 +54,8 @@ class Serve:
     """Make labels wrong on purpose, train anew by the study's fit, and choose the cut-off by what is found. Takes as long as
     a training."""
 
-    precision: float = 0.9
-    """With --calibrate: the share of flagged rows that is to be wrong."""
+    precision: float | None = None
+    """With --calibrate: the share of flagged rows that is to be wrong; 0.9 unless given."""
 
     explained: int = 20
     """With --out: how many test rows to explain for the folder, wrong predictions first."""

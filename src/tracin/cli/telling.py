@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tracin.cli.cards import target_words
 from tracin.cli.printing import heading, number, say, table
-from tracin.explain import Attribution
+from tracin.explain import Attribution, target_words
 from tracin.plots import Card, Explanation
 from tracin.plots.pictures import plain
 from tracin.results import SelfInfluence
@@ -75,7 +74,10 @@ def tell_attribution(study: Study, attribution: Attribution, shown: Explanation,
     along = f"from {number(losses[0])} to {number(losses[-1])} over {len(losses)} checkpoints"
     if not first:
         say()
-    say(f"The loss of {target_words(study, target)}: " + (along if len(losses) > 1 else number(losses[0])))
+    say(
+        f"The loss of {target_words(target, study.class_name)}: "
+        + (along if len(losses) > 1 else number(losses[0]))
+    )
     paired = wrong and target.kind in ("predicted", "label")
     taught = (
         f"What taught {query.predicted}, the wrong class" if paired and target.kind == "predicted" else None

@@ -70,10 +70,11 @@ def choice(asked: Mapping[str, str], name: str, choices: tuple[str, ...]) -> str
 
 
 def _word(asked: Mapping[str, str], name: str) -> str | None:
-    text = asked.get(name, "")
-    if len(text) > _LONGEST:
+    """A text; None where it is not given. A class can have an empty name."""
+    text = asked.get(name)
+    if text is not None and len(text) > _LONGEST:
         raise OptionError(f"{name} has {len(text)} characters: give {_LONGEST} at the most.")
-    return text or None
+    return text
 
 
 def _page(asked: Mapping[str, str]) -> dict[str, Any]:
@@ -132,7 +133,7 @@ class TestFilter:
             predicted=_word(asked, "predicted"),
             least=real(asked, "min", 0.0),
             most=real(asked, "max", 1.0),
-            search=_word(asked, "search"),
+            search=_word(asked, "search") or None,
             order=choice(asked, "order", ("row", "confidence", "loss")),
             down=choice(asked, "down", ("0", "1")) == "1",
             **_page(asked),

@@ -23,7 +23,7 @@ from typing import Any
 from tracin.audit import Audit
 from tracin.audit import Decision as Chosen
 from tracin.errors import OptionError, ResultError
-from tracin.explorer.entries import ACTIONS, UNDO, Decision, Labels, entry_of, json_of, rows_of
+from tracin.explorer.entries import ACTIONS, UNDO, Decision, Labels, entry_of, json_of, rows_digest
 from tracin.explorer.logfile import FORMAT, flush_folder, no_log, opened, unwritable
 
 try:
@@ -80,7 +80,7 @@ class DecisionLog:
     """
 
     def __init__(self, path: str | Path, audit: Audit, names: tuple[str, ...] | None = None) -> None:
-        self.path, self._rows, self._n = Path(path), rows_of(audit), len(audit)
+        self.path, self._rows, self._n = Path(path), rows_digest(audit), len(audit)
         self.labels = Labels.of(audit, names)
         self.identity = ""
         self._mine = threading.RLock()

@@ -14,7 +14,7 @@ from tracin.audit import Audit
 from tracin.audit.names import unique_names
 from tracin.errors import OptionError
 
-__all__ = ["ACTIONS", "UNDO", "Decision", "Labels", "entry_of", "json_of", "rows_of", "short"]
+__all__ = ["ACTIONS", "UNDO", "Decision", "Labels", "entry_of", "json_of", "rows_digest", "short"]
 
 ACTIONS = ("keep", "relabel", "remove")
 UNDO = "undo"
@@ -127,7 +127,7 @@ def _target(label: Any, dtype: torch.dtype) -> float:
     return target
 
 
-def rows_of(audit: Audit) -> str:
+def rows_digest(audit: Audit) -> str:
     """A short name of the rows that decisions are on: their number and given labels.
 
     Args:

@@ -2,49 +2,30 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from tracin.checkpoints import Trajectory
 from tracin.errors import OptionError
-from tracin.explain import Attribution, Target, explain
+from tracin.explain import Attribution, explain, target_words
 from tracin.explorer.numbers import number
 from tracin.explorer.pages import LISTED, Content
 from tracin.methods import TracInCP
+from tracin.methods.altering import altered, with_training_loss
 
-__all__ = ["checkpoints_of", "explained", "quiet", "shortened", "target_words", "told"]
+__all__ = ["checkpoints_of", "explained", "quiet", "shortened", "told"]
 
 CardOf = Callable[[int, float], dict[str, Any]]
 
 
 def checkpoints_of(trajectory: Trajectory) -> tuple[dict[str, Any], ...]:
     """``{name, step, learning_rate}`` of each checkpoint; the step is its place from 1 on where steps are unknown."""
-    steps = [checkpoint.step for checkpoint in trajectory]
-    known = all(step is not None for step in steps)
     return tuple(
-        {
-            "name": checkpoint.name,
-            "step": checkpoint.step if known else at,
-            "learning_rate": number(checkpoint.learning_rate),
-        }
-        for at, checkpoint in enumerate(trajectory, 1)
+        {"name": checkpoint.name, "step": step, "learning_rate": number(checkpoint.learning_rate)}
+        for checkpoint, step in zip(trajectory, trajectory.steps, strict=True)
     )
-
-
-def target_words(content: Content, target: Target) -> str:
-    """Whose loss is explained, in words."""
-    if target.number is None:
-        return "its own target"
-    name = content.label_text(target.number)
-    return {
-        "predicted": f"the predicted class, {name}",
-        "label": f"the label, {name}",
-        "class": f"the class {name}",
-    }[target.kind]
 
 
 def explained(
@@ -74,8 +55,8 @@ def explained(
     Raises:
         OptionError: An unknown class, or a class where the task has none.
     """
-    if side == "train" and method.task.query_loss is not None:
-        method = _altered(method, task=replace(method.task, query_loss=None))
+    if side == "train":
+        method = with_training_loss(method)
     if content.names is None:
         if target not in {"predicted", "label"}:
             raise OptionError(
@@ -95,14 +76,7 @@ def explained(
 
 def quiet(method: TracInCP) -> TracInCP:
     """The same method without a progress bar."""
-    return _altered(method, progress=False)
-
-
-def _altered(method: TracInCP, *, task: Any = None, **settings: Any) -> TracInCP:
-    """The same method, on another task or with other settings; it was warned of its trajectory when it was made."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return TracInCP(task or method.task, method.trajectory, **{**vars(method.settings), **settings})
+    return altered(method, progress=False)
 
 
 def told(
@@ -127,7 +101,7 @@ def told(
     return {
         "kind": target.kind,
         "name": content.label_text(target.number),
-        "words": target_words(content, target),
+        "words": target_words(target, lambda number: str(content.label_text(number))),
         "proponents": _cards(lists.proponents.ids[0], lists.proponents.values[0], card, 1, without),
         "opponents": _cards(lists.opponents.ids[0], lists.opponents.values[0], card, -1, without),
         "own": None if without is None else number(float(scores[without])),

@@ -12,12 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch.utils.data import DataLoader
-
 from tracin.audit import Audit, Calibration, calibrate, find_label_issues
 from tracin.audit.signals import targets_of
 from tracin.checkpoints import Trajectory
-from tracin.data import open_rows
+from tracin.data import open_rows, rows_of
 from tracin.errors import OptionError
 from tracin.explain import evaluate_rows
 from tracin.explorer.explaining import checkpoints_of, explained, quiet, told
@@ -131,7 +129,7 @@ def live_source(
     with clock.stage("check against autograd"):
         verification = method.verify(study.train, rows=checked_rows)
     with clock.stage("plan"):
-        plan = method.plan(study.train, _one(method, study.test))
+        plan = method.plan(study.train, rows_of(study.test, [0]))
     content = Content(
         title=title,
         names=_names(study, audit),
@@ -150,13 +148,6 @@ def _check_rows(study: Study, method: TracInCP) -> None:
     settings = method.settings
     rows = open_rows(study.test, name="test", batch_size=settings.batch_size, collate=settings.collate)
     rows.close()
-
-
-def _one(method: TracInCP, data: Any) -> Any:
-    """The first test row, as what is planned is one explanation."""
-    settings = method.settings
-    source = open_rows(data, name="test", batch_size=settings.batch_size, collate=settings.collate)
-    return DataLoader([0], batch_size=1, collate_fn=source.take)  # type: ignore[arg-type]
 
 
 def _names(study: Study, audit: Audit) -> tuple[str, ...] | None:

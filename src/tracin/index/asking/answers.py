@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tracin.data import open_rows
+from tracin.data import open_rows, rows_of
 from tracin.errors import MemoryLimitError, OptionError
-from tracin.index.asking.estimate import SAMPLE_QUERIES, Estimate, compared, exact, reranked, rows_of, sample
+from tracin.index.asking.estimate import SAMPLE_QUERIES, Estimate, compared, exact, reranked, sample
 from tracin.index.asking.queries import (
     query_features,
     rates,

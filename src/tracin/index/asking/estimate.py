@@ -9,23 +9,21 @@ over a few rows and queries, s from full gradients, ŝ from the index.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import isnan
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Subset
 
-from tracin.data import AUTO_ROWS
-from tracin.index.making.tracing import altered
+from tracin.data import rows_of
+from tracin.methods.altering import altered
 from tracin.methods.tracin_cp import TracInCP
 from tracin.scoring.top_k import Lists
 from tracin.shapes import Float, Int
 
-__all__ = ["Estimate", "compared", "exact", "reranked", "rows_of", "sample"]
+__all__ = ["Estimate", "compared", "exact", "reranked", "sample"]
 
 SAMPLE_ROWS, SAMPLE_QUERIES = 64, 16
 
@@ -78,25 +76,6 @@ def sample(kept: Int[Tensor, " n"], seed: int = 0) -> Int[Tensor, " s"]:
     """
     generator = torch.Generator().manual_seed(seed)
     return kept[torch.randperm(len(kept), generator=generator)[:SAMPLE_ROWS].sort().values]
-
-
-def rows_of(data: Any, ids: Sequence[int]) -> Any:
-    """Some rows of the user's data, as data.
-
-    Args:
-        data: As a method takes it.
-        ids: Positions.
-
-    Returns:
-        The rows; of a loader a loader, so that they are collated as before.
-    """
-    if isinstance(data, DataLoader):
-        rows = Subset(data.dataset, list(ids))
-        return DataLoader(rows, batch_size=data.batch_size or AUTO_ROWS, collate_fn=data.collate_fn)
-    if isinstance(data, tuple | Mapping | Tensor):
-        index = torch.as_tensor(list(ids), dtype=torch.int64)
-        return pytree.tree_map(lambda leaf: torch.as_tensor(leaf)[index], data)
-    return Subset(data, list(ids))
 
 
 def exact(method: TracInCP, train: Any, ids: Sequence[int], queries: Any) -> Float[Tensor, "m s"]:

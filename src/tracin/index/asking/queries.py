@@ -17,7 +17,8 @@ from tracin.errors import IndexFolderError, OptionError
 from tracin.gradients.projection import Projection
 from tracin.index.kept.manifest import Manifest
 from tracin.index.kept.shards import Unit
-from tracin.index.making.tracing import Tracer, altered, choices_of, loss_name, tracing
+from tracin.index.making.tracing import Tracer, choices_of, loss_name, tracing
+from tracin.methods.altering import altered
 from tracin.methods.tracin_cp import TracInCP
 from tracin.scoring.aggregate import Groups
 from tracin.shapes import Float

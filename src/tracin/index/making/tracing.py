@@ -6,7 +6,6 @@ autograd. So a shard's bytes do not depend on which process makes it, on what wa
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from tracin.methods.tracin_cp import TracInCP
 from tracin.scoring.run import Run, opened, refuse_products
 from tracin.tasks import Task
 
-__all__ = ["Choices", "Tracer", "altered", "choices_of", "loss_name", "tracing"]
+__all__ = ["Choices", "Tracer", "choices_of", "loss_name", "tracing"]
 
 # Rows whose content tells one training set from another.
 FINGERPRINT_ROWS = 64
@@ -60,23 +59,6 @@ def choices_of(manifest: Manifest) -> Choices:
         Projection, dtype and rows per shard.
     """
     return Choices(Projection(**manifest.projection), manifest.dtype, manifest.shard_rows)
-
-
-def altered(method: TracInCP, *, task: Task | None = None, **settings: Any) -> TracInCP:
-    """A method that differs in its task or in some settings, and in nothing else.
-
-    Args:
-        method: A method.
-        task: Another task.
-        settings: What is different.
-
-    Returns:
-        A new method.
-    """
-    other = copy.copy(method)
-    other.task = task or method.task
-    other.settings = replace(method.settings, **settings)
-    return other
 
 
 @contextmanager
