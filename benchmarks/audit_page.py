@@ -270,19 +270,21 @@ def _found_figure(groups: list[Group]) -> Any:
                 )  # fmt: skip
             axes.set_xlim(0, 40)
             axes.set_ylim(0, 102)
-            axes.set_title(
-                f"{setting.title.split(',')[0]}, {kind}", fontsize=9.5, color=LIGHT.ink, loc="left"
-            )
+            _titled(axes, setting, kind)
         grid[0].set_ylabel("planted flips found, in %", color=LIGHT.muted, fontsize=8.5)
         figure.supxlabel("training rows inspected, in %", color=LIGHT.muted, fontsize=8.5)
-        figure.legend(
-            *grid[0].get_legend_handles_labels(),
-            loc="outside upper center",
-            ncols=5,
-            frameon=False,
-            fontsize=8.5,
-        )
+        _legend(figure, grid[0], 5)
     return figure
+
+
+def _titled(axes: Any, setting: Any, kind: str) -> None:
+    name = setting.title.split(",")[0]
+    axes.set_title(f"{name}, {kind}", fontsize=9.5, color=LIGHT.ink, loc="left")
+
+
+def _legend(figure: Any, axes: Any, columns: int) -> None:
+    lines = axes.get_legend_handles_labels()
+    figure.legend(*lines, loc="outside upper center", ncols=columns, frameon=False, fontsize=8.5)
 
 
 def _repair_figure(groups: list[Group]) -> Any:
@@ -307,18 +309,10 @@ def _repair_figure(groups: list[Group]) -> Any:
                 linewidth=2,
                 label="after the audit's suggestions",
             )
-            axes.set_title(
-                f"{setting.title.split(',')[0]}, {kind}", fontsize=9.5, color=LIGHT.ink, loc="left"
-            )
+            _titled(axes, setting, kind)
         grid[0].set_ylabel("test accuracy, in %", color=LIGHT.muted, fontsize=8.5)
         figure.supxlabel("labels corrected as suggested", color=LIGHT.muted, fontsize=8.5)
-        figure.legend(
-            *grid[0].get_legend_handles_labels(),
-            loc="outside upper center",
-            ncols=3,
-            frameon=False,
-            fontsize=8.5,
-        )
+        _legend(figure, grid[0], 3)
     return figure
 
 

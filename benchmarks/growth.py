@@ -114,15 +114,7 @@ def point(name: str, peer: str, settings: Settings) -> dict[str, Any]:
 
 def measured(options: argparse.Namespace) -> dict[str, Any]:
     """All points, added to those that are kept."""
-    settings = Settings(
-        options.python,
-        options.threads,
-        options.rounds,
-        options.patience,
-        options.limit,
-        options.clock,
-        options.data,
-    )
+    settings = Settings.of(options)
     kept = json.loads(options.kept.read_text()) if options.kept.is_file() else {"curves": {}}
     count = sum(len(CURVES[name].values) for name in options.curves)
     print(f"{count} points of three processes each: about {12 * count} s on two quiet cores", flush=True)

@@ -7,6 +7,7 @@ the rounds is told with its range.
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
@@ -20,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,11 @@ class Settings:
     limit: float = 120.0
     clock: str = "wall"
     data: Path = FASHION
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> Settings:
+        """From the arguments of a command that has them all."""
+        return cls(**{each.name: getattr(options, each.name) for each in fields(cls)})
 
 
 def machine(threads: int, clock: str) -> dict[str, Any]:

@@ -90,15 +90,7 @@ def command(options: argparse.Namespace, name: str) -> str:
 
 def measured(options: argparse.Namespace) -> None:
     """Measure each workload and keep it."""
-    settings = Settings(
-        options.python,
-        options.threads,
-        options.rounds,
-        options.patience,
-        options.limit,
-        options.clock,
-        options.data,
-    )
+    settings = Settings.of(options)
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.models:
         start = time.perf_counter()

@@ -25,6 +25,16 @@ NAMES = ["cat", "<b>cow</b>", "dog"]
 TRAIN, TEST = 90, 9
 
 
+def name() -> str:
+    """An id that no other decision has."""
+    return str(uuid.uuid4())
+
+
+def told(log: DecisionLog) -> dict[int, tuple[str, str | float | None]]:
+    """Action and label by row."""
+    return {row: (one.action, one.label) for row, one in log.decided().items()}
+
+
 def pictures(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Grey pictures from 0 to 1 whose class is where they are bright."""
     generator = torch.Generator().manual_seed(seed)

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from explorer.common import Client, client_of, picture_study, source_of
+from explorer.forking import audit
+from tracin.explorer.decisions import DecisionLog
 from tracin.explorer.pages import Source
 
 
@@ -23,3 +25,15 @@ def source() -> Iterator[Source]:
 def client(source: Source, tmp_path: Path) -> Client:
     """A client of them."""
     return client_of(source, tmp_path)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where a log can be."""
+    return tmp_path / "deep" / "decisions.jsonl"
+
+
+@pytest.fixture
+def log(path: Path) -> DecisionLog:
+    """A new log there."""
+    return DecisionLog(path, audit())
