@@ -53,6 +53,7 @@ study: $(DEV_STAMP)
 	$(BIN)/python benchmarks/mislabelled.py --write-docs
 	$(BIN)/python benchmarks/audit.py
 	$(BIN)/python benchmarks/audit.py --write-docs
+	$(BIN)/python benchmarks/calibration.py --write-docs
 
 clean:
 	rm -rf demo docs/_build build dist .coverage .coverage.* .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,8 @@ import torch.nn.functional as F
 import oracle
 import tracin
 from audit.common import RATES, network64, rows, small
-from tracin.audit.evidence import evidence_of, opposition_of
+from tracin.audit import Evidence
+from tracin.audit.evidence import AGREEMENT, Found, agreement_of, evidence_of, opposition_of
 
 
 def cross_entropy(model, batch):
@@ -37,6 +40,7 @@ def test_the_lists_are_the_strongest_others(k):
     scores = brute(train)
     asked = [2, 5, 11, 12]
     found = evidence_of(small(), None, train, asked, k)
+    agreement = agreement_of(found, train[1])
     assert found.evidence.rows.tolist() == asked
     for at, row in enumerate(asked):
         proponents, opponents = found.evidence.of(row)
@@ -44,9 +48,9 @@ def test_the_lists_are_the_strongest_others(k):
         assert [other for other, _ in opponents] == lists(scores, row, -1, k)
         for other, value in (*proponents, *opponents):
             assert value == pytest.approx(float(scores[row, other]), rel=1e-9)
-        others = torch.cat([scores[row, :row], scores[row, row + 1 :]])
-        lowered, raised = others.clamp(min=0).sum(), -others.clamp(max=0).sum()
-        assert float(found.agreement[at]) == pytest.approx(float(lowered / (lowered + raised)), rel=1e-9)
+        strongest = lists(scores, row, 1, AGREEMENT)
+        same = [int(train[1][other]) == int(train[1][row]) for other in strongest]
+        assert float(agreement[at]) == pytest.approx(sum(same) / len(same), rel=1e-12)
     assert found.evidence.of(0) is None
 
 
@@ -87,3 +91,13 @@ def test_two_rows_have_one_other():
     for row in (0, 1):
         both = [other for side in found.of(row) for other, _ in side]
         assert both in ([], [1 - row])
+
+
+def test_the_agreement_counts_the_proponents_that_are_there():
+    labels = torch.tensor([0, 1, 0, 1, 0])
+    empty = torch.zeros(3, 0)
+    evidence = Evidence(torch.tensor([0, 1, 4]), empty.long(), empty, empty.long(), empty)
+    found = Found(evidence, torch.tensor([[2, 1, 3, -1], [3, -1, -1, -1], [-1, -1, -1, -1]]))
+    one, two, none = agreement_of(found, labels).tolist()
+    assert (one, two) == (pytest.approx(1 / 3), 1.0)
+    assert math.isnan(none)

@@ -20,33 +20,30 @@ from tracin.methods.altering import with_training_loss
 from tracin.results import Ranking
 from tracin.shapes import Float, Int
 
-__all__ = ["AGREEMENT", "Found", "evidence_of", "opposition_of"]
+__all__ = ["AGREEMENT", "Found", "agreement_of", "evidence_of", "opposition_of"]
 
 AGREEMENT = 25
-"""How many rows of each sign the agreement is taken over."""
+"""How many proponents the agreement is taken over: of the very strongest nearly all have the given label."""
 
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """Evidence, and how far it supports the given labels.
+    """Evidence, and the longer lists of proponents that the agreement is read from.
 
     Args:
         evidence: The strongest rows.
-        agreement: For each of them, the share of the proponents in the strength of its evidence [m].
+        proponents: The 25 strongest proponents of each row [m, a], −1 where there are fewer.
     """
 
     evidence: Evidence
-    agreement: Float[Tensor, " m"]
+    proponents: Int[Tensor, "m a"]
 
 
 def evidence_of(method: TracInCP, index: Index | None, train: Any, rows: Sequence[int], k: int) -> Found:
     r"""The k strongest proponents and opponents of some training rows among all others.
 
     With the training loss on both sides, :math:`\operatorname{score}(z, z_i)`: a proponent is a row whose step lowers the
-    loss of row i with its given label, an opponent one whose step raises it. The agreement is
-    :math:`P / (P + O)`, with P and O the sums of the sizes of the scores of the 25 strongest proponents and opponents; 1/2
-    where there are none. Nearly all proponents of a row have its label, whether it is wrong or not, so their labels tell
-    nothing; their strength does.
+    loss of row i with its given label, an opponent one whose step raises it.
 
     Args:
         method: Task, checkpoints and settings.
@@ -68,11 +65,26 @@ def evidence_of(method: TracInCP, index: Index | None, train: Any, rows: Sequenc
         found = index.asking(method).top_k(asked, k=length + 1, estimate=False)
     proponents, lowered = _others(found.proponents, own, 1)
     opponents, raised = _others(found.opponents, own, -1)
-    both = [part[:, :AGREEMENT].double().abs().sum(1) for part in (lowered, raised)]
-    total = both[0] + both[1]
-    agreement = torch.where(total > 0, both[0] / total.clamp_min(torch.finfo(torch.float64).tiny), 0.5)
     kept = [part[:, :k] for part in (proponents, lowered, opponents, raised)]
-    return Found(Evidence(own, *kept), agreement)
+    return Found(Evidence(own, *kept), proponents[:, :AGREEMENT])
+
+
+def agreement_of(found: Found, labels: Int[Tensor, " n"]) -> Float[Tensor, " m"]:
+    """How far the proponents of a row carry its label: the share of its 25 strongest that do.
+
+    The very strongest proponents of a row have its label, right or wrong: a step towards a class lowers the loss of all rows
+    that are called so. For a wrong label rows of other classes come behind them.
+
+    Args:
+        found: What ``evidence_of`` found.
+        labels: The given class of every training row.
+
+    Returns:
+        From 0 to 1, float64; NaN for a row without proponents.
+    """
+    there = found.proponents != NONE
+    same = labels[found.proponents.clamp_min(0)] == labels[found.evidence.rows][:, None]
+    return (same & there).sum(1).double() / there.sum(1).double()
 
 
 def _others(lists: Ranking, own: Int[Tensor, " m"], sign: int) -> tuple[Tensor, Tensor]:

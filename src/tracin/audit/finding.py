@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tracin.audit.evidence import evidence_of, opposition_of
+from tracin.audit.evidence import agreement_of, evidence_of, opposition_of
 from tracin.audit.labels import labels_of
 from tracin.audit.names import problem_of
 from tracin.audit.neighbours import duplicates_of
@@ -117,8 +117,9 @@ def find_label_issues(
     if chosen:
         given = evidence_of(asked.method, asked.index, asked.train, chosen, k)
         found = given.evidence
-        signals["proponent_agreement"] = torch.full((asked.rows,), torch.nan, dtype=torch.float64)
-        signals["proponent_agreement"][given.evidence.rows] = given.agreement
+        if seen.labels is not None:
+            signals["proponent_agreement"] = torch.full((asked.rows,), torch.nan, dtype=torch.float64)
+            signals["proponent_agreement"][found.rows] = agreement_of(given, seen.labels)
     audit = Audit(
         score=judged.score,
         is_issue=judged.flagged,
