@@ -107,8 +107,8 @@ def markdown(results: dict[str, list[list[dict[str, Any]]]], rows: dict[str, int
         "",
         (
             "A known share of the labels is made wrong at random, the example is trained on them, and `calibrate` sees these "
-            f"labels alone. {seeds} seeds, in their order; the cut-off is the rule's (a score of {RULE}). Only the flips made here "
-            "count as wrong: labels that were wrong before do not. All numbers in %, but AUROC."
+            f"labels alone. {seeds} seeds, in their order; the cut-off is the rule's (a score of {RULE}). Only the flips made "
+            "here count as wrong: labels that were wrong before do not. All numbers in %, but AUROC."
         ),
         "",
         "| data, rows | wrong | estimated | flagged rows | wrong of these | expected |",

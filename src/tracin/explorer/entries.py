@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from tracin.audit import Audit
+from tracin.audit.decisions import ACTIONS
 from tracin.audit.names import unique_names
 from tracin.errors import OptionError
 
 __all__ = ["ACTIONS", "UNDO", "Decision", "Labels", "entry_of", "json_of", "rows_digest", "short"]
 
-ACTIONS = ("keep", "relabel", "remove")
 UNDO = "undo"
 
 
