@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from tracin.audit import Audit
+from tracin.audit.names import unique_names
 from tracin.errors import OptionError, ResultError
 from tracin.explorer.entries import json_of
 from tracin.explorer.explaining import shortened
 from tracin.explorer.faces import ABSENT, KINDS, Face
 from tracin.explorer.intact import check_explained, check_face, check_study, check_values
 from tracin.explorer.live import LiveAnswers
-from tracin.explorer.pages import Content, Side, Source, unique_names
+from tracin.explorer.pages import Content, Side, Source
 from tracin.explorer.trusting import audit_trust
 from tracin.files import read_tensors, write_tensors, write_text
 

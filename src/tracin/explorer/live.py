@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tracin.audit import Audit, Calibration, calibrate, find_label_issues
+from tracin.audit.names import unique_names
 from tracin.audit.signals import targets_of
 from tracin.checkpoints import Trajectory
 from tracin.data import open_rows, rows_of
@@ -20,7 +21,7 @@ from tracin.errors import OptionError
 from tracin.explain import evaluate_rows
 from tracin.explorer.explaining import checkpoints_of, explained, quiet, told
 from tracin.explorer.faces import Face, LiveFaces
-from tracin.explorer.pages import Content, Side, Source, unique_names
+from tracin.explorer.pages import Content, Side, Source
 from tracin.explorer.trusting import trust_of
 from tracin.explorer.uploads import Reading, reading_of
 from tracin.explorer.working import Worker

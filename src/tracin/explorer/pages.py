@@ -15,13 +15,12 @@ from torch import Tensor
 
 from tracin import __version__
 from tracin.audit import Audit
-from tracin.audit.names import unique_names
 from tracin.errors import OptionError
 from tracin.explorer.asking import SuspectFilter, TestFilter
 from tracin.explorer.faces import Face, Faces
 from tracin.explorer.numbers import number
 
-__all__ = ["LISTED", "Answers", "Content", "Side", "Source", "unique_names"]
+__all__ = ["LISTED", "Answers", "Content", "Side", "Source"]
 
 LISTED = 50
 """The most proponents and opponents of an explanation."""
