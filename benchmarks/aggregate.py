@@ -12,6 +12,7 @@ the same round. The error is the largest difference from the class means of ``in
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import tempfile
 from dataclasses import replace
@@ -21,7 +22,7 @@ from typing import Any
 import peers
 import torch
 from measure import CLOCKS, machine, ours, timed
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from workloads import CASES, FASHION, Workload, batches, fashion, made
 
@@ -52,13 +53,20 @@ def class_means(scores: tracin.Scores, labels: Tensor) -> Tensor:
 def least(workload: Workload, groups: int) -> float:
     """What the products with the groups' gradients add to the pass's multiply-adds, as a ratio to them.
 
-    Every train row has to be multiplied with each of the g summed gradients, p multiply-adds each.
+    Every train row has to be multiplied with each of the g summed gradients, p multiply-adds each; or, in a linear layer that
+    is used once a row, with the factors of each of the m members, in + out each.
     """
     batch = batches(workload.train, workload.case.batch)[0]
     with FlopCounterMode(display=False) as counted:
         peers.plain_backward(peers.plain_forward(workload, batch), list(workload.model.parameters()))
-    of_pass = counted.get_total_flops() / len(batch[0]) * (len(workload.train[0]) + len(workload.queries[0]))
-    return 1 + 2 * len(workload.train[0]) * groups * workload.parameters / of_pass
+    members, train = len(workload.queries[0]), len(workload.train[0])
+    of_pass = counted.get_total_flops() / len(batch[0]) * (train + members)
+    products = 0
+    for module in workload.model.modules():
+        size = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        factors = members * sum(module.weight.shape) if isinstance(module, nn.Linear) else math.inf
+        products += min(groups * size, factors)
+    return 1 + 2 * train * products / of_pass
 
 
 def measured(workload: Workload, options: argparse.Namespace) -> dict[str, Any]:
@@ -94,8 +102,8 @@ def markdown(results: list[dict[str, Any]], options: argparse.Namespace) -> str:
             "backward with the parameters' gradients over all of these rows at every checkpoint. Ratios are medians over "
             f"{options.rounds} rounds in one process, each to the pass of its round. The error: from the class means of all "
             "single scores, over the largest. *By arithmetic*: the pass's multiply-adds and those of each train row with each of "
-            "the 10 summed gradients, over the pass's; where the pass itself is little more than one product per parameter and "
-            "row, ten more cannot be had for a small part of it."
+            "the 10 summed gradients (in linear layers with their members' factors, where that is less), over the pass's; "
+            "where the pass is little more than one product per parameter and row, ten more cannot be had for a small part of it."
         ),
         "",
         "| model | pass, s | `aggregate`, × pass | range | by arithmetic | `influence` on every row, × pass | error |",

@@ -9,7 +9,6 @@ import torch
 
 from scoring.common import M, N, method, rows
 from tracin.errors import MemoryLimitError
-from tracin.scoring.memory import Resident, watched
 
 
 def test_scores_that_do_not_fit_are_refused_and_the_mends_fit() -> None:
@@ -42,28 +41,3 @@ def test_nothing_is_computed_before_the_refusal() -> None:
         chosen.influence(rows(N, 1), many)
     handle.remove()
     assert len(calls) <= 3, "the probe runs a few rows; a batch or a check would be more"
-
-
-def test_the_watched_peak_is_that_of_the_tensors() -> None:
-    with watched(torch.device("cpu")) as found:
-        first = torch.zeros(1 << 20)
-        second = first + 1
-        del first
-        kept = second.clone()
-        del second
-    assert abs(found.peak - 2 * (4 << 20)) < 4096
-    assert abs(found.kept - (4 << 20)) < 4096
-    assert len(kept) == 1 << 20
-
-
-def test_growth_is_that_of_the_process() -> None:
-    resident = Resident()
-    if not resident.tells:
-        pytest.skip("the kernel does not tell the size of a process here")
-    held = torch.ones(64 << 20, dtype=torch.uint8)
-    resident.look()
-    grown = resident.growth
-    assert grown > 48 << 20
-    del held
-    resident.look()
-    assert resident.growth == grown, "the largest growth counts"

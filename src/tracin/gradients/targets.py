@@ -7,12 +7,17 @@ is multiplied out by itself. Against few sums the train side need not be multipl
 
     ⟨Σ_t δ_t ⊗ a_t, T⟩ = Σ_t δ_t · T a_t
 
-Axis letters: n rows · t uses · i in · o out · p parameters · g groups.
+Where the groups have few members for the size of the layer, their sums stay in the members' factors and the products are
+summed instead:
+
+    ⟨g(z), T_s⟩ = Σ_{z' in s} ⟨g(z), g(z')⟩
+
+Axis letters: n rows · m members · t uses · i in · o out · p parameters · g groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,10 +25,10 @@ from torch import Tensor
 from torch.nn import grad as conv_grad
 
 from tracin.gradients.blocks import Block, Convolution, Dense, Outer, Rows, Sum, tiles
-from tracin.gradients.products import dot
+from tracin.gradients.products import concatenate, dot
 from tracin.shapes import Float, Int
 
-__all__ = ["Members", "add_sums", "dot_targets", "splits_of"]
+__all__ = ["Factors", "GroupSums", "Members", "Target", "add_sums", "dot_targets"]
 
 # What it costs to write and read an element, in multiply-adds.
 MOVED = 8
@@ -160,7 +165,7 @@ def _weight_gradient(block: Convolution) -> Float[Tensor, " p"]:
     ).reshape(-1)
 
 
-def splits_of(block: Block, parameters: int) -> tuple[int, ...] | None:
+def _splits_of(block: Block, parameters: int) -> tuple[int, ...] | None:
     """Entries of each parameter where a block holds several; None where it holds one.
 
     Args:
@@ -176,7 +181,7 @@ def splits_of(block: Block, parameters: int) -> tuple[int, ...] | None:
     if parameters == 1:
         return None
     if isinstance(block, Sum):
-        return splits_of(block.parts[0], parameters)
+        return _splits_of(block.parts[0], parameters)
     if isinstance(block, Dense) and block.splits is not None:
         return block.splits
     if isinstance(block, Outer) and block.bias is not None:
@@ -185,12 +190,107 @@ def splits_of(block: Block, parameters: int) -> tuple[int, ...] | None:
     raise ValueError(f"a {type(block).__name__} does not tell its {parameters} parameters apart")
 
 
-def dot_targets(train: Block, targets: Dense) -> Float[Tensor, "n g"]:
-    """All products of a batch with a few gradients that are multiplied out.
+@dataclass(frozen=True)
+class Factors:
+    """The sums of g groups, left in the factors of their m members.
+
+    Attributes:
+        members: The members' gradients.
+        weights: What each member counts in each group, 0 where it is not of it [m, g].
+    """
+
+    members: Block
+    weights: Float[Tensor, "m g"]
+
+    def multiplied_out(self) -> Dense:
+        """The sums [g, p]."""
+        return Dense(torch.stack([self.members.weighted(column).total() for column in self.weights.mT]))
+
+    def scaled(self, rates: Sequence[float]) -> Factors:
+        """Each parameter's gradient times its rate (one rate per parameter that the members hold)."""
+        return replace(self, members=self.members.scaled(rates))
+
+    def weighted(self, weights: Float[Tensor, " g"]) -> Factors:
+        """Each group's sum times its weight."""
+        return replace(self, weights=self.weights * weights.to(self.weights.dtype))
+
+
+Target = Dense | Factors
+
+
+class GroupSums:
+    """The sums of one block's gradients by group, batch after batch: in factors where that costs less, else multiplied out.
+
+    Args:
+        groups: Groups g.
+        members: Rows m of all groups, over all batches.
+        parameters: How many parameters the block holds.
+        like: A tensor of the sums' dtype and device.
+
+    Example:
+        >>> sums = GroupSums(groups=1, members=2, parameters=1, like=torch.empty(0))
+        >>> _ = sums.add(Outer(torch.ones(2, 1, 3), torch.ones(2, 1, 4)), Members((0,), (2,), None))
+        >>> dot_targets(Outer(torch.ones(1, 1, 3), torch.ones(1, 1, 4)), sums.target())
+        tensor([[24.]])
+    """
+
+    def __init__(self, groups: int, members: int, parameters: int, like: Tensor) -> None:
+        self._shape, self._parameters, self._like = (groups, members), parameters, like
+        self._values: Tensor | None = None
+        self._splits: tuple[int, ...] | None = None
+        self._parts: list[tuple[Outer, Members]] = []
+
+    def add(self, block: Block, members: Members) -> Tensor:
+        """Add a batch.
+
+        Args:
+            block: n gradients.
+            members: Which row belongs to which group.
+
+        Returns:
+            A number that is finite where everything added was, [].
+        """
+        if self._values is None and isinstance(block, Outer) and _factors_are_cheaper(block, *self._shape):
+            order = members.order
+            mine = block if order is None else replace(block, a=block.a[order], d=block.d[order])
+            self._parts.append((mine, replace(members, order=None)))
+            return mine.a.sum() + mine.d.sum()
+        if self._values is None:
+            self._values = self._like.new_zeros(self._shape[0], block.size)
+            self._splits = _splits_of(block, self._parameters)
+        while self._parts:  # a batch of another kind: what was kept is multiplied out
+            add_sums(*self._parts.pop(), self._values)
+        return add_sums(block, members, self._values)
+
+    def target(self) -> Target:
+        """The sums of all that was added, at least one batch."""
+        if self._values is not None:
+            return Dense(self._values, self._splits)
+        weights = []
+        for block, members in self._parts:
+            part = self._like.new_zeros(len(block), self._shape[0])
+            for group, start, stop in members.parts():
+                part[start:stop, group] = 1.0
+            weights.append(part)
+        return Factors(concatenate([block for block, _ in self._parts]), torch.cat(weights))
+
+
+def _factors_are_cheaper(block: Outer, g: int, m: int) -> bool:
+    """For each row of the other side: m products of factors, against g of what is multiplied out; and no more memory."""
+    (_, t, i), o = block.a.shape, block.d.shape[2]
+    factors = m * (t * t * (i + o + MOVED) + g)
+    return (
+        factors < min(_contracted_cost(t, i, o, g), _multiplied_out_cost(t, i, o, g))
+        and m * (t * (i + o) + g) < g * i * o
+    )
+
+
+def dot_targets(train: Block, targets: Target) -> Float[Tensor, "n g"]:
+    """All products of a batch with the sums of a few groups.
 
     Args:
         train: n gradients.
-        targets: g gradients of the same parameters.
+        targets: g sums of gradients of the same parameters.
 
     Returns:
         The products, [n, g].
@@ -201,6 +301,10 @@ def dot_targets(train: Block, targets: Dense) -> Float[Tensor, "n g"]:
         tensor([[32.],
                 [32.]])
     """
+    if isinstance(targets, Factors) and not isinstance(train, Outer):
+        targets = targets.multiplied_out()
+    if isinstance(targets, Factors):
+        return dot(train, targets.members).to(targets.weights.dtype) @ targets.weights
     if isinstance(train, Sum):
         return torch.stack([dot_targets(part, targets) for part in train.parts]).sum(0)
     if isinstance(train, Outer) and _contracting_is_cheaper(train, len(targets)):
@@ -209,10 +313,18 @@ def dot_targets(train: Block, targets: Dense) -> Float[Tensor, "n g"]:
 
 
 def _contracting_is_cheaper(train: Outer, g: int) -> bool:
-    """Multiply-adds and moved elements for each row: Σ_t δ_t · T a_t against Σ_t δ_t ⊗ a_t and its products."""
+    """Σ_t δ_t · T a_t for each group against Σ_t δ_t ⊗ a_t and its products."""
     (_, t, i), o = train.a.shape, train.d.shape[2]
-    contracted = t * g * (i * o + MOVED * min(i, o))
-    return contracted <= (t + MOVED + g) * i * o
+    return _contracted_cost(t, i, o, g) <= _multiplied_out_cost(t, i, o, g)
+
+
+def _contracted_cost(t: int, i: int, o: int, g: int) -> int:
+    """Multiply-adds and moved elements for each row."""
+    return t * g * (i * o + MOVED * min(i, o))
+
+
+def _multiplied_out_cost(t: int, i: int, o: int, g: int) -> int:
+    return (t + MOVED + g) * i * o
 
 
 def _contracted(train: Outer, targets: Float[Tensor, "g p"]) -> Float[Tensor, "n g"]:

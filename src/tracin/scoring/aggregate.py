@@ -19,10 +19,10 @@ from torch import Tensor
 
 from tracin.data import Batch
 from tracin.errors import NotFiniteError, OptionError
-from tracin.gradients.blocks import Block, Dense
+from tracin.gradients.blocks import Block
 from tracin.gradients.engine import BatchGradients, name_not_finite
 from tracin.gradients.products import widened
-from tracin.gradients.targets import Members, add_sums, dot_targets, splits_of
+from tracin.gradients.targets import GroupSums, Members, Target, dot_targets
 from tracin.progress import Progress, progress
 from tracin.scoring.passes import compared
 from tracin.scoring.run import Run, refuse_products
@@ -31,7 +31,7 @@ from tracin.shapes import Float, Int
 __all__ = ["REDUCTIONS", "Groups", "aggregate", "check_reduction", "score_targets", "spans", "summed"]
 
 REDUCTIONS = ("mean", "sum")
-Targets = dict[tuple[str, ...], Dense]
+Targets = dict[tuple[str, ...], Target]
 
 
 def check_reduction(reduction: Any) -> None:
@@ -146,7 +146,9 @@ def summed(run: Run, groups: Groups, span: range, bar: Progress) -> Targets:
     Raises:
         NotFiniteError: A gradient is NaN or infinite; the row and parameter are named.
     """
-    sums: Targets = {}
+    sums: dict[tuple[str, ...], GroupSums] = {}
+    members = int(groups.sizes[span.start : span.stop].sum())
+    like = torch.empty(0, dtype=_dtype(run), device=run.loaded.device)
     for batch, value in run.batches(run.asked):
         member = groups.member[batch.start : batch.start + batch.size] - span.start
         member = member.masked_fill(member >= len(span), -1).clamp_min(-1)
@@ -156,23 +158,14 @@ def summed(run: Run, groups: Groups, span: range, bar: Progress) -> Targets:
             if run.settings.normalize and blocks:
                 wide, inverse = _units(blocks)
                 blocks = {names: block.weighted(inverse) for names, block in wide.items()}
-            seen = _add(run, sums, blocks, Members.of(member, run.loaded.device), len(span))
+            seen, mine = [], Members.of(member, run.loaded.device)
+            for names, block in blocks.items():
+                if names not in sums:
+                    sums[names] = GroupSums(len(span), members, len(names), like)
+                seen.append(sums[names].add(block, mine))
             _refuse_infinite(run, seen, found, batch)
         bar.advance(batch.size)
-    return sums
-
-
-def _add(
-    run: Run, sums: Targets, blocks: Mapping[tuple[str, ...], Block], members: Members, g: int
-) -> list[Tensor]:
-    """Add a batch to the sums; a number for each block that is finite where what was added is."""
-    seen = []
-    for names, block in blocks.items():
-        if names not in sums:
-            values = torch.zeros(g, block.size, dtype=_dtype(run), device=run.loaded.device)
-            sums[names] = Dense(values, splits_of(block, len(names)))
-        seen.append(add_sums(block, members, sums[names].values))
-    return seen
+    return {names: found.target() for names, found in sums.items()}
 
 
 def _refuse_infinite(run: Run, seen: list[Tensor], found: BatchGradients, batch: Batch) -> None:

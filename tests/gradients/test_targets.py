@@ -1,0 +1,96 @@
+"""Sums by group, multiplied out or in factors, and products with them, against gradients multiplied out by einsum."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gradients.common import normal
+from tracin.gradients.blocks import Dense, Outer
+from tracin.gradients.targets import Factors, GroupSums, Members, dot_targets
+
+CPU = torch.device("cpu")
+LIKE = torch.empty(0, dtype=torch.float64)
+
+
+def outer(n: int, t: int, i: int, o: int, seed: int, bias: float | None = 1.0) -> tuple[Outer, Tensor]:
+    """A block, and the same gradients multiplied out."""
+    a, d = normal(n, t, i, seed=seed), normal(n, t, o, seed=seed + 1)
+    weight = torch.einsum("nto,nti->noi", d, a).reshape(n, -1)
+    whole = weight if bias is None else torch.cat([weight, bias * d.sum(1)], 1)
+    return Outer(a, d, bias), whole
+
+
+def sums_of(gradients: Tensor, group: Tensor, g: int) -> Tensor:
+    return torch.stack([gradients[group == at].sum(0) for at in range(g)])
+
+
+def added(sizes: list[int], group: Tensor, shape: tuple[int, int, int], g: int) -> tuple[GroupSums, Tensor]:
+    """Batches of these sizes added up, and their gradients multiplied out."""
+    t, i, o = shape
+    sums, out, start = GroupSums(g, int((group >= 0).sum()), 2, LIKE), [], 0
+    for at, size in enumerate(sizes):
+        block, whole = outer(size, t + at % 2, i, o, seed=10 * at)  # batches of other lengths are padded
+        mine = group[start : start + size]
+        if bool((mine >= 0).any()):
+            assert torch.isfinite(sums.add(block, Members.of(mine, CPU)))
+        out.append(whole)
+        start += size
+    return sums, torch.cat(out)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 40)),
+    g=st.integers(1, 4),
+    seed=st.integers(0, 99),
+)
+def test_either_way_the_products_are_those_of_the_sums(
+    sizes: list[int], shape: tuple[int, int, int], g: int, seed: int
+) -> None:
+    group = torch.randint(-1, g, (sum(sizes),), generator=torch.Generator().manual_seed(seed))
+    group[0] = 0
+    sums, gradients = added(sizes, group, shape, g)
+    target, truth = sums.target(), sums_of(gradients, group, g)
+    train, whole = outer(3, *shape, seed=500)
+    rates, weights = torch.tensor([0.5, 0.25]), 1.0 / torch.arange(1, g + 1)
+    split = [shape[1] * shape[2], shape[2]]
+    for asked, found in (
+        (truth, target),
+        (truth * rates.repeat_interleave(torch.tensor(split)), target.scaled(rates.tolist())),
+        (truth * weights[:, None], target.weighted(weights)),
+    ):
+        torch.testing.assert_close(dot_targets(train, found), whole @ asked.mT, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(dot_targets(Dense(whole), found), whole @ asked.mT, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("members", "kind"), [(4, Factors), (400, Dense)])
+def test_few_members_stay_in_factors(members: int, kind: type) -> None:
+    sums, _ = added([4], torch.tensor([0, 1, 1, 0]), (1, 60, 50), 2)
+    assert isinstance(sums.target(), Factors)
+    many = GroupSums(2, members, 2, LIKE)
+    many.add(outer(4, 1, 60, 50, seed=0)[0], Members.of(torch.tensor([0, 1, 1, 0]), CPU))
+    assert isinstance(many.target(), kind)
+
+
+def test_a_batch_of_another_kind_has_all_multiplied_out() -> None:
+    group = torch.tensor([0, 1, 1, 0])
+    sums, gradients = added([2, 2], group, (1, 60, 50), 2)
+    assert isinstance(sums.target(), Factors)
+    extra = normal(3, gradients.shape[1], seed=7)
+    sums.add(Dense(extra, (3000, 50)), Members.of(torch.tensor([1, 1, 0]), CPU))
+    truth = sums_of(torch.cat([gradients, extra]), torch.cat([group, torch.tensor([1, 1, 0])]), 2)
+    target = sums.target()
+    assert isinstance(target, Dense)
+    torch.testing.assert_close(target.values, truth, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_told(bad: float) -> None:
+    block, _ = outer(2, 1, 60, 50, seed=0)
+    block.d[1, 0, 3] = bad
+    assert not torch.isfinite(GroupSums(1, 2, 2, LIKE).add(block, Members.of(torch.zeros(2).long(), CPU)))
