@@ -291,8 +291,8 @@ def page(found: dict[str, Any]) -> str:
 
 def entered(runs: list[dict[str, Any]], new: dict[str, Any]) -> list[dict[str, Any]]:
     """The runs with a new one in place of that of the same kind."""
-    same = [key for key in ("model", "batch", "queries", "clock", "threads") if key in new]
-    kept = [run for run in runs if any(run.get(key) != new[key] for key in same)]
+    same = ("model", "batch", "queries", "clock", "threads")
+    kept = [run for run in runs if any(run[key] != new[key] for key in same)]
     return sorted([*kept, new], key=lambda run: [run[key] for key in same])
 
 
@@ -309,7 +309,7 @@ def main() -> None:
             raise SystemExit("--profile knows the CNN's floor alone: leave --model out.")
         new = profile(training_of(options), CLOCKS[options.clock], options.rounds)
         print("\n".join(stage_table(new)))
-        new |= {key: getattr(options, key) for key in ("batch", "queries", "clock", "threads")}
+        new |= {key: getattr(options, key) for key in ("model", "batch", "queries", "clock", "threads")}
         found["profile"] = entered(found.get("profile", []), new)
     if options.correlation:
         table = []
