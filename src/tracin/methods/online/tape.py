@@ -11,6 +11,7 @@ Under batch statistics a normalised input x̂ mixes the rows; the share of row i
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -34,7 +35,7 @@ from tracin.gradients.engine import Keys
 from tracin.gradients.graph import walk
 from tracin.gradients.layout import Layout
 from tracin.gradients.local import CallLayout
-from tracin.gradients.sites import LocalSite, Wiring, local_estimates, rule_blocks
+from tracin.gradients.sites import LocalSite, RuleSite, Wiring, local_estimates, rule_blocks
 from tracin.methods.online.order import Place, RowOrder, output_place
 from tracin.methods.online.training_mode import batch_statistics, refuse_inner_randomness
 
@@ -62,6 +63,7 @@ class Segment:
     rows: int | None = None
     checked: bool = False
     blocks: dict[tuple[str, ...], list[Block]] = field(default_factory=dict)
+    sizes: dict[str, list[Tensor]] = field(default_factory=dict)
 
     @property
     def reached(self) -> bool:
@@ -71,6 +73,22 @@ class Segment:
     def add(self, names: tuple[str, ...], block: Block) -> None:
         """One more block of these rows."""
         self.blocks.setdefault(names, []).append(block)
+
+    def measure(self, site: RuleSite, x: Tensor, delta: Tensor) -> None:
+        """Bound the size of what a layer's gradients add up within a row, which a sum that cancels does not show.
+
+        Cauchy and Schwarz: ‖Σ_t |δ_t| ⊗ |a_t|‖ ≤ ‖δ‖ ‖a‖, where the a of a bias, a scale or a token is 1, and that of a
+        convolution has every pixel as often as its kernel has places.
+        """
+        wide = accumulation_dtype(delta.dtype)
+        length = torch.linalg.vector_norm(delta, dtype=wide)
+        for role, name in site.roles.items():
+            parameter = getattr(site.module, role)
+            matrix = x.is_floating_point() and parameter.dim() > 1
+            ones = (delta.numel() / parameter.shape[-1]) ** 0.5
+            places = math.prod(parameter.shape[2:]) ** 0.5
+            size = length * (places * torch.linalg.vector_norm(x.detach(), dtype=wide) if matrix else ones)
+            self.sizes.setdefault(name, []).append(size)
 
 
 class StepTape:
@@ -227,6 +245,8 @@ class StepTape:
             found = rule_blocks(site, call, layout, delta, n, self._keys.groups(site))
         for names, block in found.items():
             use.segment.add(names, block)
+        if delta.numel() > n * delta.shape[-1]:  # more than one use in a row
+            use.segment.measure(site, tensors(call.args, call.kwargs)[0], delta)
         use.spent = True
         # What the blocks do not hold can be freed while the backward pass goes on.
         self._tape.calls[use.site][use.at] = replace(call, args=(), kwargs={}, versions=())
