@@ -53,8 +53,8 @@ def class_means(scores: tracin.Scores, labels: Tensor) -> Tensor:
 def least(workload: Workload, groups: int) -> float:
     """What the products with the groups' gradients add to the pass's multiply-adds, as a ratio to them.
 
-    Every train row has to be multiplied with each of the g summed gradients, p multiply-adds each; or, in a linear layer that
-    is used once a row, with the factors of each of the m members, in + out each.
+    Every train row has to be multiplied with each of the g summed gradients, p multiply-adds each; or, in a linear layer, which
+    the models here use once a row, with the factors of each of the m members, in + out each.
     """
     batch = batches(workload.train, workload.case.batch)[0]
     with FlopCounterMode(display=False) as counted:

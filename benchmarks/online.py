@@ -133,7 +133,7 @@ def overhead(options: argparse.Namespace) -> dict[str, Any]:
             seconds = clock() - start - (setup["seconds"] if name == "ledger" else 0.0)
             if at:
                 found[name].append(seconds / options.steps)
-    pairs = zip(states["plain"].parameters(), states["ledger"].parameters(), strict=True)
+    pairs = zip(states["plain"].state_dict().values(), states["ledger"].state_dict().values(), strict=True)
     if not all(torch.equal(a, b) for a, b in pairs):
         raise SystemExit("training with the ledger is not bit-identical")
     ratios = [a / b for a, b in zip(found["ledger"], found["with queries"], strict=True)]
@@ -298,6 +298,8 @@ def entered(runs: list[dict[str, Any]], new: dict[str, Any]) -> list[dict[str, A
 
 def main() -> None:
     options = parsed()
+    if options.profile and options.model != "cnn":
+        raise SystemExit("--profile knows the CNN's floor alone: leave --model out.")
     torch.set_num_threads(options.threads)
     found = json.loads(options.out.read_text()) if options.out.is_file() else {}
     if options.overhead:
@@ -305,8 +307,6 @@ def main() -> None:
         print(json.dumps(new))
         found["overhead"] = entered(found.get("overhead", []), new)
     if options.profile:
-        if options.model != "cnn":
-            raise SystemExit("--profile knows the CNN's floor alone: leave --model out.")
         new = profile(training_of(options), CLOCKS[options.clock], options.rounds)
         print("\n".join(stage_table(new)))
         new |= {key: getattr(options, key) for key in ("model", "batch", "queries", "clock", "threads")}

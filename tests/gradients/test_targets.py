@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gradients.common import normal
-from tracin.gradients.blocks import Dense, Outer
+from tracin.gradients.blocks import Dense, Outer, Rows, Sum
 from tracin.gradients.targets import Factors, GroupSums, Members, dot_targets
 
 CPU = torch.device("cpu")
@@ -87,6 +87,39 @@ def test_a_batch_of_another_kind_has_all_multiplied_out() -> None:
     target = sums.target()
     assert isinstance(target, Dense)
     torch.testing.assert_close(target.values, truth, rtol=1e-12, atol=1e-12)
+
+
+def test_more_uses_on_the_train_side_and_a_shared_weight() -> None:
+    block, whole = outer(4, 1, 60, 50, seed=0, bias=None)
+    group = torch.tensor([0, 1, 1, 0])
+    sums = GroupSums(2, 4, 1, LIKE)
+    sums.add(block, Members.of(group, CPU))
+    target, truth = sums.target(), sums_of(whole, group, 2)
+    assert isinstance(target, Factors)
+    often, multiplied = outer(3, 200, 60, 50, seed=5, bias=None)
+    torch.testing.assert_close(dot_targets(often, target), multiplied @ truth.mT, rtol=1e-10, atol=1e-9)
+    table = Rows(torch.tensor([[1, 4, 1]]), normal(1, 3, 60, seed=8), 50)
+    both = Sum((outer(1, 1, 60, 50, seed=9, bias=None)[0], table))
+    torch.testing.assert_close(
+        dot_targets(both, target), both.materialise() @ truth.mT, rtol=1e-10, atol=1e-9
+    )
+
+
+def test_views_do_not_keep_what_they_look_at_alive() -> None:
+    sequence = normal(4, 100, 60, seed=0)
+    sums = GroupSums(1, 4, 1, LIKE)
+    sums.add(Outer(sequence[:, :1], normal(4, 1, 50, seed=1)), Members.of(torch.zeros(4).long(), CPU))
+    target = sums.target()
+    assert isinstance(target, Factors)
+    assert isinstance(target.members, Outer)
+    assert target.members.a.untyped_storage().nbytes() == 4 * 60 * 8
+
+
+@pytest.mark.parametrize(("a", "d", "finite"), [(1e25, 1e25, False), (1e38, 1e-20, True)])
+def test_an_overflow_is_that_of_a_gradient(a: float, d: float, finite: bool) -> None:
+    block = Outer(torch.full((2, 1, 60), a), torch.full((2, 1, 50), d))
+    seen = GroupSums(1, 2, 1, torch.empty(0)).add(block, Members.of(torch.zeros(2).long(), CPU))
+    assert bool(torch.isfinite(seen)) == finite
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -14,6 +14,7 @@ from cases import CASES, Case
 from judged import M, Run, truth
 from scoring.common import method, net, rows, trajectory
 from tracin.errors import LossError, ModelError, NotFiniteError, OptionError
+from tracin.gradients.targets import Factors, GroupSums
 
 BY = torch.arange(M) % 3 * 10 - 10  # unequal groups, a negative label
 
@@ -72,6 +73,34 @@ def test_other_refusals() -> None:
     plain = tracin.Task(net(0), lambda model, batch: model(batch[0]).square().sum(1))
     with pytest.raises(OptionError, match="outputs"):
         tracin.TracInCP(plain, trajectory(), progress=False).aggregate(rows(11, 1), rows(13, 5), by="label")
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize": True}], ids=str)
+@pytest.mark.parametrize("by", [None, [4, 2, 2, 4, 4, 4, 2]], ids=str)
+def test_sums_that_stay_in_factors(
+    by: list[int] | None, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        wide = torch.nn.Sequential(torch.nn.Linear(40, 60), torch.nn.Tanh(), torch.nn.Linear(60, 3)).double()
+    task = tracin.Task(wide, tracin.losses.cross_entropy)
+    names = [name for name, _ in wide.named_parameters()]
+    rates = {name: 0.1 * (at + 1) for at, name in enumerate(names)}
+    steps = tracin.Trajectory([
+        tracin.Checkpoint({k: v * scale for k, v in wide.state_dict().items()}, 0.1 if options else rates)
+        for scale in (1.0, 0.7)
+    ])  # fmt: skip
+    chosen = tracin.TracInCP(task, steps, batch_size=3, progress=False, device="cpu", **options)
+    x = torch.randn(18, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    y = torch.arange(18) % 3
+    train, validation = (x[:11], y[:11]), (x[11:], y[11:])
+    groups = torch.zeros(7).long() if by is None else torch.tensor(by)
+    made, target = [], GroupSums.target
+    monkeypatch.setattr(GroupSums, "target", lambda sums: made.append(target(sums)) or made[-1])
+    found = chosen.aggregate(train, validation, by=by)
+    assert any(isinstance(each, Factors) for each in made)
+    full = chosen.influence(train, validation).values
+    oracle.assert_close(found.values, reduced(full, groups), 1e-12)
 
 
 def test_a_gradient_that_is_not_finite_names_its_row() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -41,14 +42,16 @@ print(plain, faults() - before)
 )
 def test_freed_memory_is_used_again() -> None:
     pages, plain, kept = 5 * (40 << 20) // 4096, 0, 0
-    for _ in range(
-        5
-    ):  # where the heap cannot grow in one piece, nothing is given back, and there is nothing to gain
-        done = subprocess.run([sys.executable, "-c", BATCHES], capture_output=True, text=True, check=True)
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    for _ in range(8):  # where the heap cannot grow in one piece, nothing is given back
+        done = subprocess.run(
+            [sys.executable, "-c", BATCHES], capture_output=True, text=True, check=True, env=own
+        )
         plain, kept = map(int, done.stdout.split())
         if plain > pages / 2:
             break
-    assert plain > pages / 2
+    else:
+        pytest.skip("this system's heap gives nothing back, so there is nothing to gain")
     assert kept < pages / 20
 
 

@@ -185,4 +185,4 @@ def _told(thresholds: Tensor, counts: Tensor, fewest: int) -> Tensor:
     if len(places) <= POINTS:
         return places
     spread = torch.linspace(0, 1, POINTS, dtype=torch.float64).square() * (len(places) - 1)
-    return places[spread.round().long().unique()]
+    return torch.cat([places[spread.round().long()], flagging[-1:]]).unique()

@@ -42,9 +42,10 @@ def run(command: Serve) -> int:
 
 
 def _folder(command: Serve, token: str | None) -> int:
-    if command.out is not None or command.calibrate:
-        raise OptionError("--out and --calibrate need a study file: a kept folder is shown as it is.")
-    precision_of(command.calibrate, command.precision)
+    if command.out is not None or command.calibrate or command.precision is not None:
+        raise OptionError(
+            "--out, --calibrate and --precision need a study file: a kept folder is shown as it is."
+        )
     log = command.decisions or command.what / LOG
     with _listening(command) as place:
         source = kept_source(command.what)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ class Members:
     Attributes:
         groups: The groups that the batch has rows of, ascending.
         sizes: Rows of each.
-        order: The batch's rows that belong to a group, group by group [r]; None: all rows, of one group.
+        order: The batch's rows that belong to a group, group by group [r]; None: they stand in that order already.
     """
 
     groups: tuple[int, ...]
@@ -202,6 +203,7 @@ class Factors:
     members: Block
     weights: Float[Tensor, "m g"]
 
+    @cached_property
     def multiplied_out(self) -> Dense:
         """The sums [g, p]."""
         return Dense(torch.stack([self.members.weighted(column).total() for column in self.weights.mT]))
@@ -252,9 +254,10 @@ class GroupSums:
         """
         if self._values is None and isinstance(block, Outer) and _factors_are_cheaper(block, *self._shape):
             order = members.order
-            mine = block if order is None else replace(block, a=block.a[order], d=block.d[order])
-            self._parts.append((mine, replace(members, order=None)))
-            return mine.a.sum() + mine.d.sum()
+            a, d = (_kept(values if order is None else values[order]) for values in (block.a, block.d))
+            self._parts.append((replace(block, a=a, d=d), replace(members, order=None)))
+            # The largest entry that each use adds: finite where every entry is.
+            return (a.abs().amax(2) * d.abs().amax(2)).amax()
         if self._values is None:
             self._values = self._like.new_zeros(self._shape[0], block.size)
             self._splits = _splits_of(block, self._parameters)
@@ -278,11 +281,28 @@ class GroupSums:
 def _factors_are_cheaper(block: Outer, g: int, m: int) -> bool:
     """For each row of the other side: m products of factors, against g of what is multiplied out; and no more memory."""
     (_, t, i), o = block.a.shape, block.d.shape[2]
-    factors = m * (t * t * (i + o + MOVED) + g)
-    return (
-        factors < min(_contracted_cost(t, i, o, g), _multiplied_out_cost(t, i, o, g))
-        and m * (t * (i + o) + g) < g * i * o
-    )
+    return _factors_cost(t, t, i, o, m, g) < _dense_cost(t, i, o, g) and m * (t * (i + o) + g) < g * i * o
+
+
+def _factors_pay(train: Outer, targets: Factors) -> bool:
+    """The same once the train side is known, which may use the layer more often."""
+    (_, t, i), o, (m, g) = train.a.shape, train.d.shape[2], targets.weights.shape
+    s = targets.members.uses if isinstance(targets.members, Outer) else t
+    return t == s or _factors_cost(t, s, i, o, m, g) < _dense_cost(t, i, o, g)
+
+
+def _factors_cost(t: int, s: int, i: int, o: int, m: int, g: int) -> int:
+    return m * (t * s * (i + o + MOVED) + g)
+
+
+def _dense_cost(t: int, i: int, o: int, g: int) -> int:
+    return min(_contracted_cost(t, i, o, g), _multiplied_out_cost(t, i, o, g))
+
+
+def _kept(values: Tensor) -> Tensor:
+    """Values that keep no more memory alive than their own."""
+    own = values.numel() * values.element_size()
+    return values.clone() if values.untyped_storage().nbytes() > own else values
 
 
 def dot_targets(train: Block, targets: Target) -> Float[Tensor, "n g"]:
@@ -301,12 +321,12 @@ def dot_targets(train: Block, targets: Target) -> Float[Tensor, "n g"]:
         tensor([[32.],
                 [32.]])
     """
-    if isinstance(targets, Factors) and not isinstance(train, Outer):
-        targets = targets.multiplied_out()
-    if isinstance(targets, Factors):
-        return dot(train, targets.members).to(targets.weights.dtype) @ targets.weights
     if isinstance(train, Sum):
         return torch.stack([dot_targets(part, targets) for part in train.parts]).sum(0)
+    if isinstance(targets, Factors):
+        if isinstance(train, Outer) and _factors_pay(train, targets):
+            return dot(train, targets.members).to(targets.weights.dtype) @ targets.weights
+        targets = targets.multiplied_out
     if isinstance(train, Outer) and _contracting_is_cheaper(train, len(targets)):
         return _contracted(train, targets.values)
     return dot(train, targets)

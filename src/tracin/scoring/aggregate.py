@@ -3,7 +3,8 @@ r"""Scores for groups of queries, for the price of one query each: the queries' 
     score(z, S) = Σ_c w_c ⟨g_c(z), Σ_{z' in S} g_c(z')⟩  (/ |S|)        (unit gradients in place of g_c under ``normalize``)
 
 By linearity this is the sum (mean) of the scores for the group's queries. At a checkpoint memory holds one gradient for each
-group, whatever the number of queries; where that exceeds the budget, groups go in tiles, with a pass over the data for each.
+group or less, whatever the number of queries; where that exceeds the budget, groups go in tiles, with a pass over the data for
+each.
 
 Axis letters: n train rows · m queries · g groups · p parameters.
 """
