@@ -29,8 +29,9 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from tracin.gradients.blocks import Block, Convolution, Dense, Outer, Rows
 from tracin.gradients.convolution import ConvolutionShape
+from tracin.shapes import Float
 
-__all__ = ["RULES", "Rule", "convolution_block", "rule_for"]
+__all__ = ["RULES", "Rule", "batch_norm_terms", "convolution_block", "rule_for"]
 
 # Roles ("weight", "bias") of the parameters that a block holds → the block.
 Gradients = Mapping[tuple[str, ...], Block]
@@ -178,26 +179,49 @@ def _group_norm(layer: nn.GroupNorm, x: Tensor, d: Tensor, wanted: frozenset[str
 def _batch_norm(layer: _BatchNorm, x: Tensor, d: Tensor, wanted: frozenset[str]) -> Gradients:
     if layer.running_mean is None or layer.running_var is None:
         raise ValueError("batch norm without running statistics mixes rows")
+    weight, bias = batch_norm_terms(x, d, layer.running_mean, layer.running_var, layer.eps)
+    out: dict[tuple[str, ...], Block] = {}
+    if "weight" in wanted:
+        out["weight",] = Dense(weight)
+    if "bias" in wanted:
+        out["bias",] = Dense(bias)
+    return out
+
+
+def batch_norm_terms(
+    x: Float[Tensor, "n k c ..."],
+    d: Float[Tensor, "n k c ..."],
+    mean: Float[Tensor, " c"],
+    variance: Float[Tensor, " c"],
+    eps: float,
+) -> tuple[Float[Tensor, "n c"], Float[Tensor, "n c"]]:
+    """Each row's Σ δ x̂ and Σ δ for a batch norm with these statistics.
+
+    Args:
+        x: Its input.
+        d: δ at its output.
+        mean: Mean of each channel.
+        variance: Variance of each channel.
+        eps: What is added to it.
+
+    Returns:
+        The terms of the scale and of the shift.
+    """
     n, k, channels = x.shape[:3]
     # Batch norm's own backward pass with every channel of every row as a channel: one fused pass over x and δ.
     _, weight, bias = torch.ops.aten.native_batch_norm_backward(
         d.reshape(1, n * k * channels, -1),
         x.reshape(1, n * k * channels, -1),
         None,
-        layer.running_mean.to(x.dtype).repeat(n * k),
-        layer.running_var.to(x.dtype).repeat(n * k),
+        mean.to(x.dtype).repeat(n * k),
+        variance.to(x.dtype).repeat(n * k),
         None,
         None,
         False,
-        layer.eps,
+        eps,
         [False, True, True],
     )
-    out: dict[tuple[str, ...], Block] = {}
-    if "weight" in wanted:
-        out["weight",] = Dense(weight.view(n, k, channels).sum(1))
-    if "bias" in wanted:
-        out["bias",] = Dense(bias.view(n, k, channels).sum(1))
-    return out
+    return weight.view(n, k, channels).sum(1), bias.view(n, k, channels).sum(1)
 
 
 _CONV = ("forward", "_conv_forward")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd as _Dropout
@@ -15,6 +15,7 @@ from tracin.gradients.blocks import Block, Dense
 from tracin.gradients.capture import Call
 from tracin.gradients.layout import to_rows
 from tracin.gradients.local import CallLayout
+from tracin.gradients.rules import batch_norm_terms
 from tracin.gradients.sites import LocalSite, RuleSite
 
 __all__ = ["batch_statistics", "refuse_inner_randomness"]
@@ -71,13 +72,9 @@ def batch_statistics(
     if layout.inputs[0] is None:
         raise LoopError(f"{site.site}: the rows are not an axis of its input.")
     wide = accumulation_dtype(delta.dtype)
-    d = to_rows(delta, layout.outputs[0], n).to(wide)  # [n, k, c, ...]
-    summed = tuple(axis for axis in range(1, d.dim()) if axis != 2)
-    out: dict[tuple[str, ...], Block] = {}
-    if "weight" in site.roles:
-        normalised = F.batch_norm(x.to(wide), None, None, None, None, True, 0.0, eps)
-        product = to_rows(normalised, layout.inputs[0], n) * d
-        out[site.roles["weight"],] = Dense(product.sum(summed))
-    if "bias" in site.roles:
-        out[site.roles["bias"],] = Dense(d.sum(summed))
-    return out
+    rows = to_rows(x.to(wide), layout.inputs[0], n)  # [n, k, c, ...]
+    summed = tuple(axis for axis in range(rows.dim()) if axis != 2)
+    variance, mean = torch.var_mean(rows, summed, correction=0)
+    weight, bias = batch_norm_terms(rows, to_rows(delta, layout.outputs[0], n).to(wide), mean, variance, eps)
+    found = {"weight": weight, "bias": bias}
+    return {(name,): Dense(found[role]) for role, name in site.roles.items()}
