@@ -249,13 +249,14 @@ OVERHEAD = """
 ## Overhead
 
 Steps of SGD on Fashion-MNIST: the MLP 784-256-64-10 (218,058 parameters), a CNN of two convolutions and two linear layers
-(105,866) and a ResNet of seven convolutions with BatchNorm (77,754). The yardstick is the same training that also runs a
+(105,866) and a ResNet of nine convolutions with BatchNorm (77,754). The yardstick is the same training that also runs a
 forward and a backward pass over the queries, in eval mode, after each step. Interleaved rounds; the ratio is taken within a
 round, and the median told with its range. The final weights of both are compared bit by bit. Making the ledger is not
 counted; its first pass over the queries is. The goal of 1.25 is missed, for two reasons. Some 4 ms a step do not grow with the
 model: hooks, the guard around the user's model, the comparison of the rows' sum with the optimizer's gradient. And every
 convolution and norm layer needs each row's own gradient, for train rows and queries, where training needs their sum alone: the
-profile below says what the cheapest known kernels take for it on the CNN. Both weigh less where the forward pass weighs more.
+profile below says what the cheapest known kernels take for it on the CNN. The first weighs less the larger the model is, the
+second does not.
 
 | model | rows per step | queries | clock | threads | plain, ms | with queries, ms | ledger, ms | ratio | range |
 |---|---:|---:|---|---:|---:|---:|---:|---:|---|"""

@@ -108,7 +108,8 @@ def short(method: Measured | None) -> str:
     if method is None:
         return ""
     if not method.ratios:
-        return "fails"
+        late = method.note.startswith("not done after ")
+        return method.note.replace("not done after ", "over ") if late else "fails"
     return times(method.ratio) + dagger(method)
 
 
