@@ -80,7 +80,7 @@ def keep_freed_memory() -> None:
     """Let the process keep what one batch frees for the next one.
 
     glibc gives the free end of the heap back to the system where it is larger than twice the largest block that was freed so
-    far, and the next batch has all its pages made anew: on two CPU cores 8 to 20 % of a run. Freeing one block of nearly
+    far, and the next batch has all its pages made anew: on two CPU cores a sixth of a run. Freeing one block of nearly
     32 MiB, whose pages are never touched, raises that limit to the largest that glibc takes by itself, 64 MiB. It does nothing
     on other systems, and where the environment sets the limits of malloc.
     """
