@@ -258,8 +258,8 @@ convolution and norm layer needs each row's own gradient, for train rows and que
 profile below says what the cheapest known kernels take for it on the CNN. The first weighs less the larger the model is, the
 second does not.
 
-| model | rows per step | queries | clock | threads | plain, ms | with queries, ms | ledger, ms | ratio | range |
-|---|---:|---:|---|---:|---:|---:|---:|---:|---|"""
+| model | steps | rows per step | queries | clock | threads | plain, ms | with queries, ms | ledger, ms | ratio | range |
+|---|---:|---:|---:|---|---:|---:|---:|---:|---:|---|"""
 
 
 def page(found: dict[str, Any]) -> str:
@@ -274,7 +274,8 @@ def page(found: dict[str, Any]) -> str:
     for run in found.get("overhead", []):
         ms = run["milliseconds"]
         lines.append(
-            f"| {run['model']} | {run['batch']} | {run['queries']} | {run['clock']} | {run['threads']} | {ms['plain']:.1f} | "
+            f"| {run['model']} | {run['steps']} | {run['batch']} | {run['queries']} | {run['clock']} | {run['threads']} | "
+            f"{ms['plain']:.1f} | "
             f"{ms['with queries']:.1f} | {ms['ledger']:.1f} | {run['ratio']:.2f} | {run['range'][0]:.2f}–{run['range'][1]:.2f} |"
         )
     for run in found.get("profile", []):

@@ -86,10 +86,8 @@ def test_sums_that_stay_in_factors(
     task = tracin.Task(wide, tracin.losses.cross_entropy)
     names = [name for name, _ in wide.named_parameters()]
     rates = {name: 0.1 * (at + 1) for at, name in enumerate(names)}
-    steps = tracin.Trajectory([
-        tracin.Checkpoint({k: v * scale for k, v in wide.state_dict().items()}, 0.1 if options else rates)
-        for scale in (1.0, 0.7)
-    ])  # fmt: skip
+    states = [{name: scale * value for name, value in wide.state_dict().items()} for scale in (1.0, 0.7)]
+    steps = tracin.Trajectory([tracin.Checkpoint(state, 0.1 if options else rates) for state in states])
     chosen = tracin.TracInCP(task, steps, batch_size=3, progress=False, device="cpu", **options)
     x = torch.randn(18, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     y = torch.arange(18) % 3

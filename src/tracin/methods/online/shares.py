@@ -21,16 +21,16 @@ from tracin.errors import LoopError, NotFiniteError
 from tracin.gradients.agreement import relative_error, tolerance
 from tracin.gradients.blocks import Block, Convolution, Dense
 from tracin.gradients.products import dot
-from tracin.methods.online.tape import Segment
+from tracin.methods.online.segment import Segment
 
 # One call for all tensors; the public function of it gives their common norm alone.
 each_norm = getattr(torch, "_foreach_norm")  # noqa: B009
 
+__all__ = ["Captured", "Weighted", "captured", "common_factor", "each_norm", "row_products"]
+
 # Kernels add tens of thousands of summands one after another: oneDNN's weight gradient of a ResNet's first convolution was off
 # by 13 epsilons of what Cauchy and Schwarz allow the summands, where ``agreement`` grants ten.
 SUMMED = 10
-
-__all__ = ["Captured", "Weighted", "captured", "common_factor", "each_norm", "row_products"]
 
 Blocks = dict[tuple[str, ...], Block]
 

@@ -11,11 +11,10 @@ Under batch statistics a normalised input x̂ mixes the rows; the share of row i
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from weakref import WeakSet
@@ -29,66 +28,18 @@ from torch.utils import _pytree as pytree
 from tracin.errors import LoopError
 from tracin.gradients import shared
 from tracin.gradients.agreement import accumulation_dtype, coarsest
-from tracin.gradients.blocks import Block, Dense
+from tracin.gradients.blocks import Dense
 from tracin.gradients.capture import Call, Tape, recording, tensors
 from tracin.gradients.engine import Keys
 from tracin.gradients.graph import walk
 from tracin.gradients.layout import Layout
 from tracin.gradients.local import CallLayout
-from tracin.gradients.sites import LocalSite, RuleSite, Wiring, local_estimates, rule_blocks
+from tracin.gradients.sites import LocalSite, Wiring, local_estimates, rule_blocks
 from tracin.methods.online.order import Place, RowOrder, output_place
+from tracin.methods.online.segment import Segment, Use
 from tracin.methods.online.training_mode import batch_statistics, refuse_inner_randomness
 
-__all__ = ["Segment", "StepTape", "paused"]
-
-
-@dataclass
-class _Use:
-    """A recorded call: where it stands in its segment, its module's mode, and δ where it must wait."""
-
-    site: str
-    at: int
-    segment: Segment
-    training: bool
-    deltas: list[Tensor | None]
-    spent: bool = False
-
-
-@dataclass
-class Segment:
-    """One micro-batch: its calls by site, its rows once they are known, and their gradients."""
-
-    uses: dict[str, list[_Use]] = field(default_factory=dict)
-    places: list[Place] = field(default_factory=list)
-    rows: int | None = None
-    checked: bool = False
-    blocks: dict[tuple[str, ...], list[Block]] = field(default_factory=dict)
-    sizes: dict[str, list[Tensor]] = field(default_factory=dict)
-
-    @property
-    def reached(self) -> bool:
-        """Whether a backward pass came by."""
-        return self.rows is not None
-
-    def add(self, names: tuple[str, ...], block: Block) -> None:
-        """One more block of these rows."""
-        self.blocks.setdefault(names, []).append(block)
-
-    def measure(self, site: RuleSite, x: Tensor, delta: Tensor) -> None:
-        """Bound the size of what a layer's gradients add up within a row, which a sum that cancels does not show.
-
-        Cauchy and Schwarz: ‖Σ_t |δ_t| ⊗ |a_t|‖ ≤ ‖δ‖ ‖a‖, where the a of a bias, a scale or a token is 1, and that of a
-        convolution has every pixel as often as its kernel has places.
-        """
-        wide = accumulation_dtype(delta.dtype)
-        length = torch.linalg.vector_norm(delta, dtype=wide)
-        for role, name in site.roles.items():
-            parameter = getattr(site.module, role)
-            matrix = x.is_floating_point() and parameter.dim() > 1
-            ones = (delta.numel() / parameter.shape[-1]) ** 0.5
-            places = math.prod(parameter.shape[2:]) ** 0.5
-            size = length * (places * torch.linalg.vector_norm(x.detach(), dtype=wide) if matrix else ones)
-            self.sizes.setdefault(name, []).append(size)
+__all__ = ["StepTape", "paused"]
 
 
 class StepTape:
@@ -156,7 +107,7 @@ class StepTape:
         segment = self._segment_of(site, before)
         if segment is None:
             return
-        use = _Use(site, before, segment, module.training, [None] * len(call.edges))
+        use = Use(site, before, segment, module.training, [None] * len(call.edges))
         segment.uses.setdefault(site, []).append(use)
         if site in self._wiring.locals:
             refuse_inner_randomness(self._wiring.locals[site])
@@ -212,7 +163,7 @@ class StepTape:
         finally:
             self._looking = False
 
-    def _read(self, use: _Use, number: int, output: int, gradients: Any) -> None:
+    def _read(self, use: Use, number: int, output: int, gradients: Any) -> None:
         delta = gradients[output]
         if delta is None or self._tape.closed or self._looking:
             return
@@ -245,7 +196,7 @@ class StepTape:
             found = rule_blocks(site, call, layout, delta, n, self._keys.groups(site))
         for names, block in found.items():
             use.segment.add(names, block)
-        if delta.numel() > n * delta.shape[-1]:  # more than one use in a row
+        if delta.dim() > 2 or len(delta) > n:  # the layer may be used more than once in a row
             use.segment.measure(site, tensors(call.args, call.kwargs)[0], delta)
         use.spent = True
         # What the blocks do not hold can be freed while the backward pass goes on.
@@ -277,13 +228,13 @@ class StepTape:
             raise LoopError("no layer and no output of the model has an axis for the rows in training.")
         return whole.pop() if whole else found[0][0] // found[0][1]
 
-    def _outputs(self, use: _Use, at: int, count: int) -> tuple[Layout | None, ...]:
+    def _outputs(self, use: Use, at: int, count: int) -> tuple[Layout | None, ...]:
         """The layouts of a call's outputs; those of the model itself where no layer inside it is recorded."""
         if self._layouts(use.site):
             return self._probed(use).outputs
         return self._order.layouts(at, count) if not self._wiring.sites() else ()
 
-    def _probed(self, use: _Use) -> CallLayout:
+    def _probed(self, use: Use) -> CallLayout:
         """The layout that the probe found for this call."""
         layouts, uses = self._layouts(use.site), use.segment.uses[use.site]
         position = next(at for at, other in enumerate(uses) if other is use)
@@ -296,7 +247,7 @@ class StepTape:
             "each time with rows elsewhere. Train with the same calls, or leave it out with Task(parameters=...)."
         )
 
-    def _layout(self, use: _Use, call: Call, n: int) -> CallLayout:
+    def _layout(self, use: Use, call: Call, n: int) -> CallLayout:
         """The probe's layout, with as many entries per row as this micro-batch has."""
         layout = self._probed(use)
         inputs = tensors(call.args, call.kwargs)
@@ -350,7 +301,7 @@ class StepTape:
                 if any(delta is not None for use in uses for delta in use.deltas):
                     self._finish(segment, site, uses)
 
-    def _finish(self, segment: Segment, site: LocalSite, uses: list[_Use]) -> None:
+    def _finish(self, segment: Segment, site: LocalSite, uses: list[Use]) -> None:
         n = self._rows_of(segment)
         calls = [self._tape.calls[site.site][use.at] for use in uses]
         layouts = tuple(self._layout(use, call, n) for use, call in zip(uses, calls, strict=True))
