@@ -1,13 +1,13 @@
 """``OnlineTracIn`` beside plain training: what it costs, and how well first order predicts the ideal.
 
     python benchmarks/online.py --overhead                      ratios, interleaved, median over rounds
-    python benchmarks/online.py --overhead --model resnet       mlp, cnn (the default) or resnet
+    python benchmarks/online.py --overhead --model resnet       mlp, cnn (the default), resnet, gpt, mlp:width=1024, …
     python benchmarks/online.py --overhead --clock cpu          CPU seconds of one thread, for a busy machine
     python benchmarks/online.py --profile                       where a step's time goes, and the least it can take
     python benchmarks/online.py --correlation                   Pearson by learning rate, on digits
     python benchmarks/online.py --overhead --correlation --write-docs    also docs/results/online.md and its figure
 
-Overhead: the same steps on Fashion-MNIST with a ledger, and without a ledger but with a forward and backward pass
+Overhead: the same steps with a ledger, and without a ledger but with a forward and backward pass
 over the queries after each step, which is what knowing their losses and gradients takes at least.
 """
 
@@ -19,6 +19,7 @@ import gc
 import json
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,16 @@ import torch
 import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from models import ResNet, cnn, mlp
 from online_stages import profile, stage_table
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from workloads import FASHION, fashion
+from workloads import FASHION, Case, case_of, rows_of
 
 import tracin
 from tracin.plots.theme import LIGHT
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs" / "results"
-MODELS = {"mlp": mlp, "cnn": cnn, "resnet": ResNet}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
@@ -47,7 +46,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--overhead", action="store_true", help="measure seconds")
     parser.add_argument("--profile", action="store_true", help="milliseconds of a step by stage")
     parser.add_argument("--correlation", action="store_true", help="first order against ideal")
-    parser.add_argument("--model", choices=tuple(MODELS), default="cnn", help="what --overhead trains (cnn)")
+    parser.add_argument("--model", default="cnn", help="a case of workloads.py that --overhead trains (cnn)")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads (1)")
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="cpu, with one thread")
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds after the warm-up (5)")
@@ -63,14 +62,19 @@ def parsed() -> argparse.Namespace:
 # ---------------------------------------------------------------- overhead
 
 
+def mean_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy over classes or the next token, as a training loop has it."""
+    return F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
+
+
 class Training:
     """Some steps of SGD on a model, in one of three forms."""
 
     def __init__(
-        self, model: str, rows: tuple[Tensor, Tensor], queries: tuple[Tensor, Tensor], steps: int, batch: int
+        self, case: Case, rows: tuple[Tensor, Tensor], queries: tuple[Tensor, Tensor], steps: int, batch: int
     ) -> None:
         torch.manual_seed(0)
-        self.start, self.rows, self.queries = MODELS[model](), rows, queries
+        self.start, self.loss, self.rows, self.queries = case.model(), case.loss, rows, queries
         order = torch.Generator().manual_seed(1)
         self.steps = [torch.randint(0, len(rows[1]), (batch,), generator=order) for _ in range(steps)]
 
@@ -85,13 +89,13 @@ class Training:
             self.step(model, optimizer, ids)
             if with_queries:
                 model.eval()
-                torch.autograd.grad(F.cross_entropy(model(self.queries[0]), self.queries[1]), parameters)
+                torch.autograd.grad(mean_loss(model, *self.queries), parameters)
                 model.train()
         return model
 
     def ledger(self, setup: dict[str, float], clock: Any) -> nn.Module:
         model, optimizer = self.fresh()
-        task = tracin.Task(model, tracin.losses.cross_entropy)
+        task = tracin.Task(model, self.loss)
         start = clock()
         online = tracin.OnlineTracIn(task, optimizer, self.queries, len(self.rows[1]))
         setup["seconds"] = clock() - start
@@ -103,14 +107,14 @@ class Training:
 
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor) -> None:
         optimizer.zero_grad()
-        F.cross_entropy(model(self.rows[0][ids]), self.rows[1][ids]).backward()
+        mean_loss(model, self.rows[0][ids], self.rows[1][ids]).backward()
         optimizer.step()
 
 
 def training_of(options: argparse.Namespace) -> Training:
-    folder = options.data or FASHION
-    rows, queries = fashion(folder, "train", 2000), fashion(folder, "t10k", options.queries)
-    return Training(options.model, rows, queries, options.steps, options.batch)
+    case = replace(case_of(options.model), rows=2000, queries=options.queries)
+    rows, queries = rows_of(case, options.data or FASHION)
+    return Training(case, rows, queries, options.steps, options.batch)
 
 
 def overhead(options: argparse.Namespace) -> dict[str, Any]:

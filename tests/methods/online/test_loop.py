@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -353,3 +355,26 @@ def test_the_judge_sees_a_planted_error() -> None:
     wrong = replay(net(), loop, data, queries, lambda model, optimizer, rates: rates / 5)
     with pytest.raises(AssertionError, match=r"best overall factor 0\.2"):
         oracle.assert_close(wrong.first_order, truth.first_order, 1e-10)
+
+
+@pytest.mark.parametrize("make", [net, lambda: build(ConvNet), lambda: build(Recurrent)])
+def test_a_step_leaves_no_tensors_to_the_collector(make: Callable[[], nn.Module]) -> None:
+    """Gradients of whole steps would pile up until Python looks for circles."""
+    model, loop = make(), Loop(sgd(0.05))
+    shape = {nn.Sequential: (4,), ConvNet: PICTURES}.get(type(model), (5, 4))
+    data, optimizer = rows(N, 1, shape=shape), loop.make(model)
+    online = ledger(model, rows(Q, 2, shape=shape))(optimizer)
+    loop.run(model, data, lambda _: online, optimizer=optimizer)
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        loop.run(model, data, lambda _: online, optimizer=optimizer)
+        gc.collect()
+        left = [tuple(thing.shape) for thing in gc.garbage if isinstance(thing, Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+        online.close()
+    assert left == []

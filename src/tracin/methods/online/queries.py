@@ -21,7 +21,8 @@ from tracin.gradients.products import concatenate, held
 from tracin.gradients.sites import LossModule, Wiring
 from tracin.gradients.wiring import wire
 from tracin.methods.online.order import RowOrder
-from tracin.methods.online.shares import Weighted, each_norm
+from tracin.methods.online.shares import Weighted
+from tracin.methods.online.sums import each_norm
 from tracin.methods.online.tape import paused
 from tracin.scoring.guard import guarded
 from tracin.scoring.tree import tree_of

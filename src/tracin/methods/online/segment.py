@@ -18,11 +18,13 @@ __all__ = ["Segment", "Use"]
 
 @dataclass
 class Use:
-    """A recorded call: where it stands in its segment, its module's mode, and δ where it must wait."""
+    """A recorded call: its place among those of its site, its module's mode, and δ where it must wait.
+
+    It does not know its segment: in a circle of the two, a step's gradients would wait for Python's collector.
+    """
 
     site: str
     at: int
-    segment: Segment
     training: bool
     deltas: list[Tensor | None]
     spent: bool = False

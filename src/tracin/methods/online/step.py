@@ -15,7 +15,8 @@ from tracin.errors import DataError, LoopError, NotFiniteError
 from tracin.gradients.agreement import accumulation_dtype
 from tracin.gradients.engine import name_not_finite
 from tracin.methods.online.queries import MEND, Asked, Queries, along, flat, scaled, versions
-from tracin.methods.online.shares import Captured, captured, common_factor, row_products
+from tracin.methods.online.shares import row_products
+from tracin.methods.online.sums import Captured, captured, common_factor
 from tracin.methods.online.tape import StepTape
 from tracin.methods.online.updates import GroupStep, group_steps, is_plain, own_factors
 from tracin.methods.online.watch import refuse_other_parameters

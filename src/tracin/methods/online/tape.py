@@ -107,13 +107,13 @@ class StepTape:
         segment = self._segment_of(site, before)
         if segment is None:
             return
-        use = Use(site, before, segment, module.training, [None] * len(call.edges))
+        use = Use(site, before, module.training, [None] * len(call.edges))
         segment.uses.setdefault(site, []).append(use)
         if site in self._wiring.locals:
             refuse_inner_randomness(self._wiring.locals[site])
         if site in self._wiring.rules or site in self._wiring.locals:
             for number, edge in enumerate(call.edges):
-                hook = partial(self._read, use, number, edge.output_nr)
+                hook = partial(self._read, segment, use, number, edge.output_nr)
                 self._stack.callback(edge.node.register_prehook(hook).remove)
         if site == "" and self._wiring.shared:
             self._watch_shared(segment, output)
@@ -152,7 +152,7 @@ class StepTape:
         layers = [
             Place(site, edge, layout)
             for site, use, call in made
-            for edge, layout in zip(call.edges, self._layout(use, call, n).outputs, strict=True)
+            for edge, layout in zip(call.edges, self._layout(segment, use, call, n).outputs, strict=True)
         ]
         known = self._order.layouts(at, len(outputs))
         found = [output_place(edge, layout, n) for edge, layout in zip(outputs, known, strict=True)]
@@ -163,17 +163,17 @@ class StepTape:
         finally:
             self._looking = False
 
-    def _read(self, use: Use, number: int, output: int, gradients: Any) -> None:
+    def _read(self, segment: Segment, use: Use, number: int, output: int, gradients: Any) -> None:
         delta = gradients[output]
         if delta is None or self._tape.closed or self._looking:
             return
-        if not self._order.calls and not use.segment.checked:
-            use.segment.checked = True
-            self._check_order(use.segment, ())
+        if not self._order.calls and not segment.checked:
+            segment.checked = True
+            self._check_order(segment, ())
         delta = delta.detach()
         self.dtype = coarsest([self.dtype, delta.dtype])
         call = self._tape.calls[use.site][use.at]
-        n = self._rows_of(use.segment)
+        n = self._rows_of(segment)
         if use.site in self._wiring.locals:
             held = use.deltas[number]
             use.deltas[number] = delta.clone() if held is None else held + delta
@@ -188,16 +188,16 @@ class StepTape:
             raise LoopError(
                 f"the input of {use.site} was changed in place after the layer had read it. Use inplace=False there."
             )
-        layout = self._layout(use, call, n)
+        layout = self._layout(segment, use, call, n)
         norm = site.module
         if isinstance(norm, _BatchNorm) and (use.training or norm.running_mean is None):
             found = batch_statistics(site, call, layout, delta, n)
         else:
             found = rule_blocks(site, call, layout, delta, n, self._keys.groups(site))
         for names, block in found.items():
-            use.segment.add(names, block)
+            segment.add(names, block)
         if delta.dim() > 2 or len(delta) > n:  # the layer may be used more than once in a row
-            use.segment.measure(site, tensors(call.args, call.kwargs)[0], delta)
+            segment.measure(site, tensors(call.args, call.kwargs)[0], delta)
         use.spent = True
         # What the blocks do not hold can be freed while the backward pass goes on.
         self._tape.calls[use.site][use.at] = replace(call, args=(), kwargs={}, versions=())
@@ -215,7 +215,7 @@ class StepTape:
             for site, uses in segment.uses.items()
             for at, use in enumerate(uses)
             for call in [self._tape.calls[site][use.at]]
-            for number, layout in enumerate(self._outputs(use, at, len(call.shapes)))
+            for number, layout in enumerate(self._outputs(segment, use, at, len(call.shapes)))
             if layout is not None and number < len(call.shapes) and layout.axis < len(call.shapes[number])
         ]
         whole = {size for size, per_row in found if per_row == 1}
@@ -228,15 +228,15 @@ class StepTape:
             raise LoopError("no layer and no output of the model has an axis for the rows in training.")
         return whole.pop() if whole else found[0][0] // found[0][1]
 
-    def _outputs(self, use: Use, at: int, count: int) -> tuple[Layout | None, ...]:
+    def _outputs(self, segment: Segment, use: Use, at: int, count: int) -> tuple[Layout | None, ...]:
         """The layouts of a call's outputs; those of the model itself where no layer inside it is recorded."""
         if self._layouts(use.site):
-            return self._probed(use).outputs
+            return self._probed(segment, use).outputs
         return self._order.layouts(at, count) if not self._wiring.sites() else ()
 
-    def _probed(self, use: Use) -> CallLayout:
+    def _probed(self, segment: Segment, use: Use) -> CallLayout:
         """The layout that the probe found for this call."""
-        layouts, uses = self._layouts(use.site), use.segment.uses[use.site]
+        layouts, uses = self._layouts(use.site), segment.uses[use.site]
         position = next(at for at, other in enumerate(uses) if other is use)
         if len(uses) == len(layouts):
             return layouts[position]
@@ -247,9 +247,9 @@ class StepTape:
             "each time with rows elsewhere. Train with the same calls, or leave it out with Task(parameters=...)."
         )
 
-    def _layout(self, use: Use, call: Call, n: int) -> CallLayout:
+    def _layout(self, segment: Segment, use: Use, call: Call, n: int) -> CallLayout:
         """The probe's layout, with as many entries per row as this micro-batch has."""
-        layout = self._probed(use)
+        layout = self._probed(segment, use)
         inputs = tensors(call.args, call.kwargs)
         if len(inputs) != len(layout.inputs) or len(call.shapes) != len(layout.outputs):
             raise LoopError(f"{use.site or 'the model'} was called with other inputs than on the queries.")
@@ -304,7 +304,7 @@ class StepTape:
     def _finish(self, segment: Segment, site: LocalSite, uses: list[Use]) -> None:
         n = self._rows_of(segment)
         calls = [self._tape.calls[site.site][use.at] for use in uses]
-        layouts = tuple(self._layout(use, call, n) for use, call in zip(uses, calls, strict=True))
+        layouts = tuple(self._layout(segment, use, call, n) for use, call in zip(uses, calls, strict=True))
         try:
             found = local_estimates(
                 replace(site, layouts=layouts), calls, [use.deltas for use in uses], n, self._traced
