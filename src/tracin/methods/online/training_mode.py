@@ -73,9 +73,17 @@ def batch_statistics(
         raise LoopError(f"{site.site}: the rows are not an axis of its input.")
     wide = accumulation_dtype(delta.dtype)
     x = x.to(wide)
-    # Its own kernel for the statistics: torch.var_mean takes three times as long.
-    _, mean, spread = torch.ops.aten.native_batch_norm(x, None, None, None, None, True, 0.0, eps)
+    mean, spread = (part.to(wide) for part in _statistics(call.edges[0].node, x, eps))
     rows, d = to_rows(x, layout.inputs[0], n), to_rows(delta, layout.outputs[0], n).to(wide)  # [n, k, c, ...]
     weight, bias = batch_norm_terms(rows, d, mean, spread.pow(-2) - eps, eps)
     found = {"weight": weight, "bias": bias}
     return {(name,): Dense(found[role]) for role, name in site.roles.items()}
+
+
+def _statistics(node: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Each channel's mean and 1/√(variance + eps): what the pass has saved for its backward pass, or computed anew."""
+    if type(node).__name__ in {"NativeBatchNormBackward0", "CudnnBatchNormBackward0"}:
+        return node._saved_result1, node._saved_result2
+    # Its own kernel: torch.var_mean takes three times as long.
+    _, mean, spread = torch.ops.aten.native_batch_norm(x, None, None, None, None, True, 0.0, eps)
+    return mean, spread
