@@ -80,3 +80,16 @@ def test_verify(case: Case) -> None:
     if found is not None:
         assert found.max_relative_error <= 1e-9
         assert 0 < found.coverage.fraction <= 1
+
+
+@cases
+def test_float32_goes_by_row_only_where_float64_does(case: Case) -> None:
+    """What torch computes in another kernel for float32 must not throw a layer onto the slow route."""
+    slow = []
+    for dtype in (torch.float32, torch.float64):
+        run = Run(case, dtype)
+        plan = run.ask("plan", run.train, run.queries, batch_size=16)
+        if plan is None:
+            return
+        slow.append({name for route in plan.routes if route.route == "by row" for name in route.parameters})
+    assert slow[0] == slow[1]

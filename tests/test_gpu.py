@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import oracle
 import tracin
 from tracin.errors import NotFiniteError, UserCodeError
+from tracin.scoring.arithmetic import full_float32
 from tracin.scoring.arrivals import DEPTH, Arrivals
 from tracin.scoring.guard import device_of
 
@@ -356,3 +357,32 @@ def test_auto_takes_the_gpu_and_a_model_there_stays_there() -> None:
     with oracle.untouched(asked.model):
         asked.influence()
     assert {tensor.device.type for tensor in asked.model.parameters()} == {"cuda"}
+
+
+def _ledger(name: str, dtype: torch.dtype, device: str) -> Tensor:
+    """First-order and ideal scores of three steps of SGD, [2, M, N]."""
+    model, (x, y) = _models(name)[0].to(device, dtype), _rows(name, N, 1, dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    task = tracin.Task(model, tracin.losses.cross_entropy)
+    with tracin.OnlineTracIn(task, optimizer, _rows(name, M, 2, dtype), N) as online:
+        for ids in torch.arange(N).split(N // 3 + 1):
+            with online.step(ids):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x[ids].to(device)), y[ids].to(device)).backward()
+                optimizer.step()
+        return torch.stack([online.scores(kind).values for kind in ("first_order", "ideal")])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.float64, 1e-9)])
+@pytest.mark.parametrize("name", CASES)
+def test_a_ledger_is_that_of_the_cpu(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    with full_float32(torch.device("cuda")):
+        found = _ledger(name, dtype, "cuda")
+    oracle.assert_close(found, _ledger(name, torch.float64, "cpu"), tolerance)
+
+
+@pytest.mark.usefixtures("loose")
+@pytest.mark.parametrize("name", CASES)
+def test_a_loop_that_rounds_is_no_residue(name: str) -> None:
+    """TF32 is how torch trains convolutions and recurrent layers unless told otherwise."""
+    oracle.assert_close(_ledger(name, torch.float32, "cuda"), _ledger(name, torch.float64, "cpu"), 3e-2)

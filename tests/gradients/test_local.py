@@ -180,3 +180,26 @@ def test_a_weight_in_the_loss_takes_the_loss() -> None:
     assert list(source.wiring.locals) == [LOSS]
     assert_exact(source)
     assert judged(source).keys() == traced(source).keys()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_float32_lstm_runs_under_vmap_and_its_kernel_stays_on(enabled: bool) -> None:
+    """oneDNN's LSTM, which float32 takes on a CPU, has no batching rule."""
+    switch: Any = torch.backends.mkldnn
+    before, switch.enabled = switch.enabled, enabled
+    try:
+        module = build(lambda: nn.LSTM(3, 2)).float()
+        x, delta = normal(4, 4, 3, seed=1).float(), normal(4, 4, 2, seed=2).float()
+        call, (output, _) = call_of(module, x)
+        layout = CallLayout((Layout(1),), (Layout(1), Layout(1), Layout(1)))
+        with local._own_lstm(module):  # of another thread, which is done later
+            found = gradients(module, dict(module.named_parameters()), call, layout, [delta, None, None], 4)
+            assert not switch.enabled
+        assert switch.enabled == enabled
+    finally:
+        switch.enabled = before
+    truth = torch.autograd.grad((output * delta).sum(), list(module.parameters()))
+    for (name, mine), theirs in zip(found.items(), truth, strict=True):
+        torch.testing.assert_close(
+            mine.sum(0), theirs, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )

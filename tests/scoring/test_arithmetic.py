@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import tracin
 from scoring.common import M, N, method, net, rows, task, trajectory
 from tracin.errors import OptionError
-from tracin.scoring.arithmetic import full_float32, require_arithmetic
+from tracin.scoring.arithmetic import Digits, digits, exact_products, full_float32, require_arithmetic
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BACKENDS: Any = torch.backends
@@ -149,3 +150,22 @@ def test_what_a_device_cannot_compute_in_is_refused() -> None:
 def test_a_float64_model_under_bfloat16_is_refused() -> None:
     with pytest.raises(OptionError, match="float64 model"):
         method(precision="bfloat16").influence(rows(N, 1), rows(M, 2))
+
+
+def test_digits_that_float32_keeps() -> None:
+    assert digits(CPU) == Digits(torch.float32, torch.float32, torch.float32)
+    assert digits(torch.device("meta")).full
+    assert isinstance(exact_products(CPU), nullcontext)
+    _newer()
+    assert digits(CPU) == Digits(torch.bfloat16, torch.float32, torch.float32)
+    assert digits(torch.device("cuda")).matmul == torch.float16
+    with exact_products(CPU):
+        assert digits(CPU).full
+    assert not digits(CPU).full
+
+
+def test_autocast_is_off_where_products_are_exact() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        with exact_products(CPU):
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16

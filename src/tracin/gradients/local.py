@@ -11,8 +11,10 @@ autocast that the call was made under.
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -73,11 +75,38 @@ def gradients(
     expanded = {name: value.detach().expand(n, *value.shape) for name, value in parameters.items()}
     others = _recurrent(module, parameters, n)
     chunk = max(1, CHUNK // max(1, sum(value.numel() for value in parameters.values())))
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), _own_lstm(module):
         # vmap falls back to a loop for operations without a batching rule: slow, exact, and reported by the coverage.
         warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
         in_rows = vmap(one_row.pull, in_dims=(0, 0, 0, 0), chunk_size=min(chunk, n))
         return in_rows(expanded, others, inputs, cotangents)
+
+
+@contextmanager
+def _own_lstm(module: nn.Module) -> Iterator[None]:
+    """torch's own LSTM, as oneDNN's, which float32 takes on a CPU, has no batching rule.
+
+    The switch belongs to the process: the first thread turns it off, the last one gives it back.
+    """
+    if not any(isinstance(layer, nn.LSTM) for layer in module.modules()):
+        yield
+        return
+    switch: Any = torch.backends.mkldnn
+    with _LOCK:
+        _HELD.append(switch.enabled)
+        switch.enabled = False
+    try:
+        yield
+    finally:
+        with _LOCK:
+            # Whoever leaves last takes the first entry, which is the caller's.
+            before = _HELD.pop()
+            if not _HELD:
+                switch.enabled = before
+
+
+_LOCK = threading.Lock()
+_HELD: list[bool] = []
 
 
 class _OneRow:

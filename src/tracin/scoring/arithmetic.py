@@ -10,17 +10,20 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
 
 from tracin.errors import OptionError
-from tracin.gradients.precision import autocast, cast_of
+from tracin.gradients.precision import autocast, cast_of, current_cast
 
-__all__ = ["full_float32", "require_arithmetic"]
+__all__ = ["Digits", "digits", "exact_products", "full_float32", "require_arithmetic"]
 
 STRICT = ("none", "ieee")
+# TF32 keeps as many digits as float16.
+KEPT = {"tf32": torch.float16, "bf16": torch.bfloat16}
 
 
 def require_arithmetic(
@@ -60,6 +63,57 @@ def require_arithmetic(
         raise OptionError(
             f"precision='bfloat16' cannot be used on {device}: {str(error).splitlines()[0]} Use precision='float32'."
         ) from error
+
+
+@dataclass(frozen=True)
+class Digits:
+    """The dtypes whose digits float32 products keep: float32, float16 (under TF32), or bfloat16."""
+
+    matmul: torch.dtype
+    convolution: torch.dtype
+    recurrent: torch.dtype
+
+    @property
+    def full(self) -> bool:
+        """Whether all are float32."""
+        return set(astuple(self)) == {torch.float32}
+
+
+def digits(device: torch.device) -> Digits:
+    """What the switches of the moment make of float32 products on a device.
+
+    Args:
+        device: Where they are computed.
+
+    Returns:
+        The dtypes, by the kind of operation.
+
+    Example:
+        >>> digits(torch.device("cpu")).full
+        True
+    """
+    backends: Any = torch.backends
+    if device.type == "cuda":
+        switches = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+    elif device.type == "cpu":
+        switches = [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
+    else:
+        return Digits(torch.float32, torch.float32, torch.float32)
+    return Digits(*(KEPT.get(switch.fp32_precision, torch.float32) for switch in switches))
+
+
+def exact_products(device: torch.device) -> AbstractContextManager[object]:
+    """``full_float32`` where the caller's switches or autocast would round products, and nothing where they do not.
+
+    Args:
+        device: Where the products are computed.
+
+    Returns:
+        The context, cheap enough for once per layer.
+    """
+    if current_cast(device.type) is None and digits(device).full:
+        return nullcontext()
+    return full_float32(device)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tracin.data import Batch
 from tracin.errors import DataError, LoopError, NotFiniteError
-from tracin.gradients.agreement import accumulation_dtype
+from tracin.gradients.agreement import accumulation_dtype, coarsest
 from tracin.gradients.engine import name_not_finite
 from tracin.methods.online.queries import MEND, Asked, Queries, along, flat, scaled, versions
 from tracin.methods.online.shares import row_products
@@ -20,6 +20,7 @@ from tracin.methods.online.sums import Captured, captured, common_factor
 from tracin.methods.online.tape import StepTape
 from tracin.methods.online.updates import GroupStep, group_steps, is_plain, own_factors
 from tracin.methods.online.watch import refuse_other_parameters
+from tracin.scoring.arithmetic import Digits, digits, exact_products
 from tracin.tasks import Task
 
 __all__ = ["OpenStep", "row_ids"]
@@ -88,9 +89,11 @@ class OpenStep:
         )  # set by a gradient scaler for fused optimizers
         self.skipped = cancelled is not None and float(cancelled) > 0
         if self.tape is not None and self.asked is not None and not self.skipped:
-            self._read(self.tape, self.asked)
+            kept = digits(self.queries.device)  # of training, before our own products take all of them
+            with exact_products(self.queries.device):
+                self._read(self.tape, self.asked, kept)
 
-    def _read(self, tape: StepTape, asked: Asked) -> None:
+    def _read(self, tape: StepTape, asked: Asked, kept: Digits) -> None:
         """Everything that must be known before the parameters move."""
         tape.close()
         refuse_other_parameters(self.task, self.traced, self.optimizer)
@@ -118,7 +121,7 @@ class OpenStep:
                 "parameters into one optimizer's groups."
             )
         try:
-            self.factor = common_factor(self.found, self.traced, tape.dtype)
+            self.factor = common_factor(self.found, self.traced, self._dtypes(tape.dtype, kept))
         except NotFiniteError:
             self._name_row(self.found)
             raise
@@ -139,27 +142,45 @@ class OpenStep:
         """
         if self.found is None or self.asked is None:
             return None
+        with exact_products(self.queries.device):
+            return self._products(self.found, self.asked, update)
+
+    def _products(self, found: Captured, asked: Asked, update: str) -> tuple[Tensor, Tensor]:
         factors = own_factors(self.optimizer, update, self.settings)
         _refuse_infinite(factors, self.number)
         sizes = {name: parameter.numel() for name, parameter in self.traced.items()}
         weighted = {
             names: scaled(block, {name: sizes[name] for name in names}, factors)
-            for names, block in self.asked.blocks.items()
+            for names, block in asked.blocks.items()
         }
         queries = {names: found for names, found in weighted.items() if found is not None}
         some = next(iter(self.traced.values()))
         like = torch.empty(len(self.queries), dtype=accumulation_dtype(some.dtype), device=some.device)
-        shares = self.factor * row_products(self.found.segments, queries, like)
+        shares = self.factor * row_products(found.segments, queries, like)
         own = shares.sum(0)
         if not math.isfinite(float(own.sum())):
-            self._refuse(self.found, self.asked, shares)
+            self._refuse(found, asked, shares)
         if not self.before:
             return shares, torch.zeros_like(own)
         moved = torch.zeros_like(own)
-        for names, block in self.asked.blocks.items():
+        for names, block in asked.blocks.items():
             step = flat(self.traced, names) - self.before[names]
             moved -= along(block, step.to(like.dtype)).double().cpu()
         return shares, moved - own
+
+    def _dtypes(self, seen: torch.dtype, kept: Digits) -> dict[str, torch.dtype]:
+        """The least precise dtype of each parameter's arithmetic in training: δ's, and what torch's switches leave of float32."""
+        if kept.full:
+            return dict.fromkeys(self.traced, seen)
+        layers = [layer for layer in self.queries.model.modules() if isinstance(layer, nn.RNNBase)]
+        recurrent = {id(parameter) for layer in layers for parameter in layer.parameters()}
+        out = {}
+        for name, parameter in self.traced.items():
+            kind = kept.convolution if parameter.dim() > 2 else kept.matmul
+            kind = kept.recurrent if id(parameter) in recurrent else kind
+            single = parameter.dtype == torch.float32 and parameter.dim() > 1
+            out[name] = coarsest([seen, kind]) if single else seen
+        return out
 
     def _refuse(self, found: Captured, asked: Asked, shares: Tensor) -> None:
         name_not_finite(asked.blocks, Batch(range(len(asked.losses)), None), "queries", MEND)

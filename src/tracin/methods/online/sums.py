@@ -5,7 +5,8 @@ scale, an average over micro-batches):
 
     p.grad = c Σ_i g_i(p)   for every parameter p
 
-c is found by least squares over all parameters. What is left over is a gradient that no row brought, and is refused.
+c is found by least squares over all parameters, weighted by how precise each one's arithmetic is. What is left over is a
+gradient that no row brought, and is refused.
 
 The sum for the weight of a linear layer or an embedding, W [o, i], costs as much as training spends on its gradient. It
 is not formed: both sides are compared along eight random directions (Freivalds 1977),
@@ -144,7 +145,8 @@ def _factors(block: Block) -> list[Outer | Rows]:
 @lru_cache(maxsize=256)
 def _drawn(columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(columns)
-    return (torch.randn(DIRECTIONS, columns, generator=generator, dtype=dtype) / DIRECTIONS**0.5).to(device)
+    drawn = torch.randn(DIRECTIONS, columns, generator=generator, dtype=dtype, device="cpu")
+    return (drawn / DIRECTIONS**0.5).to(device)
 
 
 def _added(block: Block, parameters: Sequence[tuple[int, Tensor | None]]) -> list[Tensor]:
@@ -173,13 +175,15 @@ def _along(gradient: Tensor, directions: Tensor | None) -> Tensor:
     return (directions @ gradient.reshape(-1, directions.shape[1]).mT.to(directions.dtype)).reshape(-1)
 
 
-def common_factor(found: Captured, traced: Mapping[str, nn.Parameter], dtype: torch.dtype) -> float:
+def common_factor(
+    found: Captured, traced: Mapping[str, nn.Parameter], dtypes: Mapping[str, torch.dtype]
+) -> float:
     """The number c with ``p.grad = c Σ_i g_i`` for every parameter.
 
     Args:
         found: The captured gradients.
         traced: Parameters by name, with the gradients that the optimizer is about to use.
-        dtype: The least precise dtype of the arithmetic, which bounds how well the two can agree.
+        dtypes: The least precise dtype of each parameter's arithmetic, which bounds how well the two can agree.
 
     Returns:
         c.
@@ -194,23 +198,26 @@ def common_factor(found: Captured, traced: Mapping[str, nn.Parameter], dtype: to
     products, squares = (
         torch.stack([*mixed, *(torch.dot(mine, mine) for mine, _ in pairs.values())]).double().chunk(2)
     )
-    product, square = torch.stack([products.sum(), squares.sum()]).tolist()
+    # A parameter counts as much as its arithmetic is precise.
+    weights = products.new_tensor([tolerance(dtypes[name]) for name in pairs]).reciprocal().square()
+    weights = weights / weights.max() if len(weights) else weights
+    product, square = torch.stack([weights @ products, weights @ squares]).tolist()
     if not (math.isfinite(square) and math.isfinite(product)):
         raise NotFiniteError(
             f"the gradient of {_not_finite(found, actual)} is NaN or infinite when the optimizer steps. Lower the learning rate, "
             "or skip such steps."
         )
     factor = product / square if square > 0 else 1.0
-    errors = _errors(found, pairs, factor, dtype)
-    wrong = {name: error for name, error in errors.items() if error > tolerance(dtype)}
+    errors = _errors(found, pairs, factor, dtypes)
+    wrong = {name: error for name, error in errors.items() if error > tolerance(dtypes[name])}
     if not wrong:
         return factor
     # One wrong parameter moves the least-squares factor; most parameters agree on the median.
     shares = torch.where(squares > 0, products / squares, torch.nan)
     median = float(shares.nanmedian())
     if math.isfinite(median):
-        again = _errors(found, pairs, median, dtype)
-        wrong = {name: error for name, error in again.items() if error > tolerance(dtype)} or wrong
+        again = _errors(found, pairs, median, dtypes)
+        wrong = {name: error for name, error in again.items() if error > tolerance(dtypes[name])} or wrong
     name, error = max(wrong.items(), key=lambda item: item[1])
     raise LoopError(
         f"the gradient of {name} is off by {error:.1e} from the sum of its rows' gradients"
@@ -221,20 +228,23 @@ def common_factor(found: Captured, traced: Mapping[str, nn.Parameter], dtype: to
 
 
 def _errors(
-    found: Captured, pairs: Mapping[str, tuple[Tensor, Tensor]], factor: float, dtype: torch.dtype
+    found: Captured,
+    pairs: Mapping[str, tuple[Tensor, Tensor]],
+    factor: float,
+    dtypes: Mapping[str, torch.dtype],
 ) -> dict[str, float]:
     """Relative errors of the parameters that look wrong; those that agree at first sight are left out."""
     sums, gradients = [mine for mine, _ in pairs.values()], [theirs for _, theirs in pairs.values()]
     rest = torch._foreach_sub(gradients, sums, alpha=factor)  # pyright: ignore[reportPrivateImportUsage]
     norms = torch.stack(each_norm([*gradients, *rest])).double()
     norms, rests = norms.chunk(2)
-    agree = (rests <= tolerance(dtype) * norms).tolist()
     total = float(torch.linalg.vector_norm(norms))
     out = {}
-    for (name, (mine, theirs)), agreed in zip(pairs.items(), agree, strict=True):
-        if not agreed:
+    for name, norm, off in zip(pairs, norms.tolist(), rests.tolist(), strict=True):
+        if not off <= tolerance(dtypes[name]) * norm:
+            mine, theirs = pairs[name]
             scale = abs(factor) * found.scale(name)
-            out[name] = relative_error(mine * factor, theirs, dtype, scale, total)
+            out[name] = relative_error(mine * factor, theirs, dtypes[name], scale, total)
     return out
 
 

@@ -38,6 +38,7 @@ from tracin.gradients.sites import LocalSite, Wiring, local_estimates, rule_bloc
 from tracin.methods.online.order import Place, RowOrder, output_place
 from tracin.methods.online.segment import Segment, Use
 from tracin.methods.online.training_mode import batch_statistics, refuse_inner_randomness
+from tracin.scoring.arithmetic import exact_products
 
 __all__ = ["StepTape", "paused"]
 
@@ -190,14 +191,15 @@ class StepTape:
             )
         layout = self._layout(segment, use, call, n)
         norm = site.module
-        if isinstance(norm, _BatchNorm) and (use.training or norm.running_mean is None):
-            found = batch_statistics(site, call, layout, delta, n)
-        else:
-            found = rule_blocks(site, call, layout, delta, n, self._keys.groups(site))
-        for names, block in found.items():
-            segment.add(names, block)
-        if delta.dim() > 2 or len(delta) > n:  # the layer may be used more than once in a row
-            segment.measure(site, tensors(call.args, call.kwargs)[0], delta)
+        with exact_products(delta.device):
+            if isinstance(norm, _BatchNorm) and (use.training or norm.running_mean is None):
+                found = batch_statistics(site, call, layout, delta, n)
+            else:
+                found = rule_blocks(site, call, layout, delta, n, self._keys.groups(site))
+            for names, block in found.items():
+                segment.add(names, block)
+            if delta.dim() > 2 or len(delta) > n:  # the layer may be used more than once in a row
+                segment.measure(site, tensors(call.args, call.kwargs)[0], delta)
         use.spent = True
         # What the blocks do not hold can be freed while the backward pass goes on.
         self._tape.calls[use.site][use.at] = replace(call, args=(), kwargs={}, versions=())
@@ -289,7 +291,8 @@ class StepTape:
             return
         n = self._rows_of(segment)
         # One place at a time, as the backward pass frees what made the shared tensor when it has passed.
-        values = shared.gradients(leaf, self._traced[name], [place], [delta.detach()], n).detach()
+        with exact_products(delta.device):
+            values = shared.gradients(leaf, self._traced[name], [place], [delta.detach()], n).detach()
         values = values.reshape(n, -1)
         segment.add((name,), Dense(values.to(accumulation_dtype(values.dtype))))
 

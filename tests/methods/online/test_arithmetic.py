@@ -1,0 +1,110 @@
+"""Loops that round: autocast wherever it is opened, and switches of torch that leave float32 fewer digits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import tracin
+from methods.online.common import generator
+from tracin.errors import LoopError
+
+N, Q = 12, 3
+MKLDNN: Any = torch.backends.mkldnn
+
+
+def net() -> nn.Sequential:
+    """Every kind of layer whose rows' gradients are products: linear, convolution, embedding, recurrent."""
+
+    class Last(nn.Module):
+        def forward(self, x: tuple[Tensor, Tensor]) -> Tensor:
+            return x[0][:, -1]
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        convolution = [nn.Conv1d(8, 8, 3, padding=1), nn.BatchNorm1d(8), nn.ReLU()]
+        return nn.Sequential(
+            nn.Embedding(9, 8),
+            nn.Linear(8, 8),
+            *convolution,
+            nn.LSTM(8, 8, batch_first=True),
+            Last(),
+            nn.Linear(8, 3),
+        )
+
+
+def rows(n: int, seed: int) -> tuple[Tensor, Tensor]:
+    drawn = generator(seed)
+    return torch.randint(0, 9, (n, 8), generator=drawn), torch.randint(0, 3, (n,), generator=drawn)
+
+
+def cast(here: bool) -> AbstractContextManager[object]:
+    return torch.autocast("cpu", torch.bfloat16) if here else nullcontext()
+
+
+def scores_of(place: str) -> Tensor:
+    """First-order scores of a loop whose autocast covers the forward pass, the backward pass too, or the whole step."""
+    model, (x, y) = net(), rows(N, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    task = tracin.Task(model, tracin.losses.cross_entropy)
+    with tracin.OnlineTracIn(task, optimizer, rows(Q, 2), N) as online:
+        for ids in torch.arange(N).split(5):
+            with cast(place == "step"), online.step(ids):
+                optimizer.zero_grad()
+                with cast(place == "backward"):
+                    with cast(place == "forward"):
+                        loss = F.cross_entropy(model(x[ids]), y[ids])
+                    loss.backward()
+                optimizer.step()
+        return online.scores().values
+
+
+@pytest.mark.parametrize("place", ["backward", "step"])
+def test_autocast_may_reach_beyond_the_forward_pass(place: str) -> None:
+    """Products of gradients are float32 wherever the loop leaves autocast on."""
+    assert torch.equal(scores_of(place), scores_of("forward"))
+
+
+@pytest.fixture
+def switches() -> Iterator[None]:
+    kinds = (MKLDNN.matmul, MKLDNN.conv, MKLDNN.rnn)
+    before = [kind.fp32_precision for kind in kinds]
+    yield
+    for kind, value in zip(kinds, before, strict=True):
+        kind.fp32_precision = value
+
+
+def train(off: str) -> None:
+    """One step in which a parameter's gradient is off by what bfloat16 may round."""
+    model, (x, y) = net(), rows(N, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    task = tracin.Task(model, tracin.losses.cross_entropy)
+    with tracin.OnlineTracIn(task, optimizer, rows(Q, 2), N) as online, online.step(torch.arange(N)):
+        F.cross_entropy(model(x), y).backward()
+        gradient = model.get_parameter(off).grad
+        assert gradient is not None
+        noise = torch.randn(gradient.shape, generator=generator(4))
+        total = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+        gradient += 5e-3 * total * noise / noise.norm()
+        optimizer.step()
+
+
+@pytest.mark.usefixtures("switches")
+@pytest.mark.parametrize(
+    ("kind", "name"), [("matmul", "1.weight"), ("conv", "2.weight"), ("rnn", "5.weight_ih_l0")]
+)
+def test_what_the_switches_round_is_no_residue(kind: str, name: str) -> None:
+    with pytest.raises(LoopError, match=rf"gradient of {name.replace('.', '[.]')} is off by"):
+        train(name)
+    getattr(MKLDNN, kind).fp32_precision = "bf16"
+    train(name)
+    others = {"1.weight", "2.weight", "5.weight_ih_l0", "3.bias"} - {name}
+    for other in sorted(others):
+        with pytest.raises(LoopError, match=rf"gradient of {other.replace('.', '[.]')} is off by"):
+            train(other)
