@@ -182,13 +182,20 @@ def test_a_weight_in_the_loss_takes_the_loss() -> None:
     assert judged(source).keys() == traced(source).keys()
 
 
+class Own(nn.LSTM):
+    """A forward of its own: not unrolled."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        return super().forward(x.flip(-1))
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 def test_a_float32_lstm_runs_under_vmap_and_its_kernel_stays_on(enabled: bool) -> None:
     """oneDNN's LSTM, which float32 takes on a CPU, has no batching rule."""
     switch: Any = torch.backends.mkldnn
     before, switch.enabled = switch.enabled, enabled
     try:
-        module = build(lambda: nn.LSTM(3, 2)).float()
+        module = build(lambda: Own(3, 2)).float()
         x, delta = normal(4, 4, 3, seed=1).float(), normal(4, 4, 2, seed=2).float()
         call, (output, _) = call_of(module, x)
         layout = CallLayout((Layout(1),), (Layout(1), Layout(1), Layout(1)))

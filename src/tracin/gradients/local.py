@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.utils import _pytree as pytree
 
+from tracin.gradients import recurrent
 from tracin.gradients.capture import Call
 from tracin.gradients.layout import Layout, from_rows, to_rows
 from tracin.gradients.precision import autocast
@@ -69,6 +70,10 @@ def gradients(
     used = tuple(at for at, delta in enumerate(deltas) if delta is not None)
     if not used:
         return {name: value.new_zeros(n, *value.shape) for name, value in parameters.items()}
+    rows = layout.inputs[0] if layout.inputs else None
+    unrolled = recurrent.unrolls(module, parameters, layout.inputs) and recurrent.padded(call)
+    if unrolled and isinstance(module, nn.RNNBase) and rows is not None:
+        return recurrent.gradients(module, parameters, call, rows, deltas, n)
     one_row = _OneRow(module, call, layout, used)
     inputs = [to_rows(one_row.leaves[at], lay, n) for at, lay in one_row.by_row.items()]
     cotangents = [to_rows(delta, layout.outputs[at], n) for at in used if (delta := deltas[at]) is not None]

@@ -1,4 +1,4 @@
-"""Where parameters are traced: modules with a rule, modules under vmap, and the routes of a whole loss."""
+"""Where parameters are traced: modules with a rule, modules that are run again, and the routes of a whole loss."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from tracin.gradients.layout import to_rows
 from tracin.gradients.local import CallLayout
 from tracin.gradients.movement import Mover
 from tracin.gradients.precision import autocast
+from tracin.gradients.recurrent import unrolls
 from tracin.gradients.rules import Rule
 from tracin.gradients.shared import SharedSite
 
@@ -76,12 +77,17 @@ class RuleSite:
 
 @dataclass(frozen=True)
 class LocalSite:
-    """A module under vmap: parameter → its name within the module, and the layouts of its calls in order."""
+    """A module that is run again, under vmap or unrolled: parameter → its name within it, and the layouts of its calls."""
 
     site: str
     module: nn.Module
     names: dict[str, str]
     layouts: tuple[CallLayout, ...]
+
+    @property
+    def unrolled(self) -> bool:
+        """Whether it is a recurrent layer that is unrolled in time."""
+        return all(unrolls(self.module, self.names.values(), layout.inputs) for layout in self.layouts)
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,8 @@ class Wiring:
             return "shared by the rows"
         for place in self.locals.values():
             if name in place.names:
-                return f"vmap {type(place.module).__name__ if place.site != LOSS else 'loss'}"
+                way = "unrolled" if place.unrolled else "vmap"
+                return f"{way} {type(place.module).__name__ if place.site != LOSS else 'loss'}"
         return "unused" if name in self.unused else "by row"
 
 
@@ -163,7 +170,7 @@ def local_estimates(
     n: int,
     parameters: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Per-example gradients [n, p] by parameter of all calls of a site under vmap.
+    """Per-example gradients [n, p] by parameter of all calls of a module that is run again.
 
     Args:
         site: The module and its parameters.

@@ -6,7 +6,8 @@ tokens sent to experts) has no row axis. Then, cheapest first, each parameter tr
 
 1. *rule*: all modules that own it have a rule, and the graph uses it exactly as often as these modules were called;
 2. *shared*: it has no row axis until an elementwise operation joins it with the rows (``shared``);
-3. *local*: vmap over a module that contains all its uses, from its owner upward to the loss itself;
+3. *local*: a recurrent layer unrolled in time (``recurrent``), or vmap over a module that contains all its uses, from its
+   owner upward to the loss itself (``local``);
 4. *by row*: one example at a time.
 
 A route is taken when its per-example gradients equal autograd's for every probe row. A parameter whose gradient is zero

@@ -19,7 +19,7 @@ class Route:
 
     Attributes:
         parameters: Their names.
-        route: ``rule …``, ``shared by the rows``, ``vmap …`` or ``by row``.
+        route: ``rule …``, ``shared by the rows``, ``unrolled …``, ``vmap …`` or ``by row``.
         queries_held: How the queries' gradients are held.
         bytes_per_query: What one of them takes.
         reason: Why not by a rule, where it is not.

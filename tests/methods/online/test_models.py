@@ -176,7 +176,7 @@ def test_lstm() -> None:
     model = build(Recurrent)
     online = loop.run(model, data, ledger(model, queries))
     oracle.assert_close(online.scores("first_order").values, truth.first_order, 1e-10)
-    assert online.scores("ideal").provenance["routes"]["lstm.weight_ih_l0"] == "vmap LSTM"
+    assert online.scores("ideal").provenance["routes"]["lstm.weight_ih_l0"] == "unrolled LSTM"
 
 
 def test_sequences_longer_than_the_queries() -> None:
