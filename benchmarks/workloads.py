@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from models import GPT, ResNet, cnn, mlp
+from models import GPT, Recurrent, ResNet, cnn, mlp
 from torch import Tensor, nn
 
 import tracin
@@ -112,6 +112,18 @@ CASES = {
         128,
         ("influence", "vmap", "captum", "dattri", "dattri_llm", "kronfluence"),
         12.0,
+    ),
+    "lstm": Case(
+        "LSTM language model, 64 tokens",
+        partial(Recurrent, VOCABULARY),
+        token_loss,
+        256,
+        16,
+        16,
+        3,
+        0.1,
+        False,
+        methods=("influence", "top_k", "self_influence", "vmap"),
     ),
 }
 NAMES = tuple(CASES)
