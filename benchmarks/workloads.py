@@ -14,7 +14,19 @@ from torch import Tensor, nn
 
 import tracin
 
-__all__ = ["CASES", "FIRST", "NAMES", "Case", "Workload", "batches", "build", "case_of", "made", "opened"]
+__all__ = [
+    "CASES",
+    "FIRST",
+    "NAMES",
+    "Case",
+    "Workload",
+    "batches",
+    "build",
+    "case_of",
+    "made",
+    "mean_loss",
+    "opened",
+]
 
 Rows = tuple[Tensor, Tensor]
 
@@ -74,6 +86,11 @@ def token_loss(model: nn.Module, batch: Rows) -> Tensor:
     logits = model(inputs)
     losses = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return losses.view(targets.shape).sum(1)
+
+
+def mean_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy over classes or the next token, as a training loop has it."""
+    return nn.functional.cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
 
 
 VOCABULARY, LENGTH = 1000, 64

@@ -34,14 +34,20 @@ def leaves(outputs: Any) -> list[Tensor]:
 
 
 def found_and_true(
-    layer: nn.RNNBase, rows: Layout, n: int, t: int, given_states: bool, by_name: bool, used: tuple[bool, ...]
+    layer: nn.RNNBase,
+    rows: Layout,
+    n: int,
+    t: int,
+    given_states: bool,
+    by_name: bool,
+    used: tuple[bool, ...],
+    width: int = INPUT,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Gradients per row as the module makes them, and by autograd from one row's share of the outputs at a time."""
     b = n * rows.per_row
-    x = normal(b, t, INPUT, seed=1) if layer.batch_first else normal(t, b, INPUT, seed=1)
+    x = normal(b, t, width, seed=1) if layer.batch_first else normal(t, b, width, seed=1)
     count = layer.num_layers * (2 if layer.bidirectional else 1)
-    width = layer.proj_size or HIDDEN
-    states: Any = normal(count, b, width, seed=2)
+    states: Any = normal(count, b, layer.proj_size or HIDDEN, seed=2)
     if layer.mode == "LSTM":
         states = states, normal(count, b, HIDDEN, seed=3)
     args, kwargs = ((), {"input": x}) if by_name else ((x,), {})
@@ -99,6 +105,21 @@ def test_any_layer(kind: str, data: st.DataObject) -> None:
     found, true = found_and_true(layer, rows, n, t, data.draw(st.booleans()), data.draw(st.booleans()), used)
     for name, truth in true.items():
         oracle.assert_close(found[name], truth, 1e-10, f"{kind} {options} {name}", largest=1.0)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_weights_that_are_used_twice(kind: str) -> None:
+    layer = build(lambda: LAYERS[kind](HIDDEN, HIDDEN, num_layers=2))
+    assert isinstance(layer, nn.RNNBase)
+    layer.weight_ih_l1, layer.weight_hh_l0, layer.bias_hh_l1 = (
+        layer.weight_ih_l0,
+        layer.weight_ih_l0,
+        layer.bias_ih_l0,
+    )
+    found, true = found_and_true(layer, Layout(1), 3, 4, True, False, (True, True, False), width=HIDDEN)
+    assert set(found) == {"weight_ih_l0", "weight_hh_l1", "bias_ih_l0", "bias_hh_l0", "bias_ih_l1"}
+    for name, truth in true.items():
+        oracle.assert_close(found[name], truth, 1e-10, f"{kind} {name}")
 
 
 def test_what_is_not_unrolled() -> None:

@@ -100,16 +100,22 @@ def gradients(
             [delta.to(output.dtype) for output, delta in given],
             allow_unused=True,
         )
+    asked = {name: layer._parameters[name] for name in names}
     out: dict[str, Tensor] = {}
     with torch.no_grad():
         for use, delta in zip(uses, found, strict=True):
             d = torch.zeros_like(use.epsilon) if delta is None else delta
             a, d = (_by_row(value, rows, n) for value in (use.a, d))
-            if use.weight in names:
-                out[use.weight] = torch.bmm(d.mT, a)
-            if use.bias in names:
-                out[use.bias] = d.sum(1)
+            for name, parameter in asked.items():  # a weight may be that of several layers or directions
+                if parameter is layer._parameters[use.weight]:
+                    out[name] = _plus(out.get(name), torch.bmm(d.mT, a))
+                elif parameter is layer._parameters.get(use.bias):
+                    out[name] = _plus(out.get(name), d.sum(1))
     return {name: out[name] for name in names}
+
+
+def _plus(total: Tensor | None, more: Tensor) -> Tensor:
+    return more if total is None else total + more
 
 
 def _by_row(values: Tensor, rows: Layout, n: int) -> Tensor:
@@ -139,8 +145,9 @@ class _Unrolled:
 
     def __init__(self, layer: nn.RNNBase, x: Tensor, states: Any) -> None:
         self.layer, self.x = layer, x
+        named = layer._parameters.items()
         self.values: Mapping[str, Tensor] = {
-            name: value.detach() for name, value in layer.named_parameters(recurse=False)
+            name: value.detach() for name, value in named if value is not None
         }
         count = layer.num_layers * (2 if layer.bidirectional else 1)
         if states is None:
