@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import oracle
-from gradients.common import build, normal
+from gradients.common import assert_exact, build, normal, route, source_of, wired
 from tracin.gradients import recurrent
 from tracin.gradients.capture import recording
 from tracin.gradients.layout import Layout, to_rows
@@ -154,3 +154,19 @@ def test_under_autocast(kind: str) -> None:
     for name, theirs in zip(names, truth, strict=True):
         assert found[name].dtype == torch.float32
         oracle.assert_close(found[name].sum(0), theirs.float(), 5e-2, name)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_a_layer_that_stands_in_two_places(kind: str) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = LAYERS[kind](INPUT, INPUT, batch_first=True)
+            self.second = nn.ModuleList([self.first])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second[0](self.first(x)[0] + 1)[0][:, -1]
+
+    source = wired(source_of(build(Twice), (normal(5, 4, INPUT, seed=1),)))
+    assert route(source, "first.weight_hh_l0").startswith("unrolled")
+    assert_exact(source)

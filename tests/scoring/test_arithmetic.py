@@ -152,6 +152,22 @@ def test_a_float64_model_under_bfloat16_is_refused() -> None:
         method(precision="bfloat16").influence(rows(N, 1), rows(M, 2))
 
 
+def test_a_switch_that_follows_another_goes_on_to() -> None:
+    before = BACKENDS.fp32_precision
+    try:
+        BACKENDS.mkldnn.matmul.fp32_precision = "none"
+        BACKENDS.mkldnn.conv.fp32_precision = "ieee"
+        BACKENDS.fp32_precision = "tf32"
+        assert BACKENDS.mkldnn.matmul.fp32_precision == "tf32"
+        with full_float32(CPU):
+            assert BACKENDS.mkldnn.matmul.fp32_precision == "ieee"
+        BACKENDS.fp32_precision = "bf16"
+        assert BACKENDS.mkldnn.matmul.fp32_precision == "bf16"
+        assert BACKENDS.mkldnn.conv.fp32_precision == "ieee"
+    finally:
+        BACKENDS.fp32_precision = before
+
+
 def test_digits_that_float32_keeps() -> None:
     assert digits(CPU) == Digits(torch.float32, torch.float32, torch.float32)
     assert digits(torch.device("meta")).full

@@ -102,7 +102,11 @@ def _error(estimate: Tensor | None, name: str, probe: Probe) -> float:
 def _owners(root: LossModule, parameter: nn.Parameter, inside: bool) -> list[str]:
     """Modules that contain every alias of a parameter, deepest first, then the loss unless only the model may be used."""
     aliases = [name for name, p in root.model.named_parameters(remove_duplicate=False) if p is parameter]
-    owners = [alias.rpartition(".")[0].split(".") if "." in alias else [] for alias in aliases]
+    # A module that stands in two places is one module, recorded under its first name.
+    modules = dict(root.model.named_modules(remove_duplicate=False))
+    first = {id(module): name for name, module in reversed(modules.items())}
+    places = dict.fromkeys(first[id(modules[alias.rpartition(".")[0]])] for alias in aliases)
+    owners = [place.split(".") if place else [] for place in places]
     common = owners[0]
     for path in owners[1:]:
         keep = 0

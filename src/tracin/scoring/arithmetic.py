@@ -195,6 +195,7 @@ def _changed(owner: Any, name: str, *, to: bool) -> Restore:
 
 
 def _put_back(switch: Any, value: str) -> None:
+    switch.fp32_precision = "none"  # as the switch above it says, and goes on to say if that one is moved
     if switch.fp32_precision != value:
         switch.fp32_precision = value
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -69,6 +69,43 @@ def scores_of(place: str) -> Tensor:
 def test_autocast_may_reach_beyond_the_forward_pass(place: str) -> None:
     """Products of gradients are float32 wherever the loop leaves autocast on."""
     assert torch.equal(scores_of(place), scores_of("forward"))
+
+
+def residue_under_autocast(change: Callable[[nn.Module], None]) -> None:
+    """One step of a net over tokens under autocast, its gradients changed before it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        body = [nn.Embedding(30, 16), nn.LayerNorm(16), nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)]
+        model = nn.Sequential(*body, nn.Linear(16, 30))
+    x = torch.randint(0, 30, (8, 16), generator=generator(1))
+
+    def loss(net: nn.Module, batch: Tensor) -> Tensor:
+        return F.cross_entropy(net(batch)[:, :-1].mT.float(), batch[:, 1:], reduction="none").sum(1)
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with tracin.OnlineTracIn(tracin.Task(model, loss), optimizer, x[:2], 8) as online, online.step(range(8)):
+        with cast(here=True):
+            mean = loss(model, x).mean()
+        mean.backward()
+        change(model)
+        optimizer.step()
+
+
+def test_what_bfloat16_rounds_is_little() -> None:
+    residue_under_autocast(lambda model: None)
+    residue_under_autocast(lambda model: nn.utils.clip_grad_norm_(model.parameters(), 0.1))
+
+
+@pytest.mark.parametrize("name", ["0.weight", "1.weight", "2.weight", "4.weight", "5.weight", "5.bias"])
+@pytest.mark.parametrize("factor", [2.0, -1.0, 0.0, 0.75])
+def test_bfloat16_hides_no_residue(name: str, factor: float) -> None:
+    def change(model: nn.Module) -> None:
+        gradient = model.get_parameter(name).grad
+        assert gradient is not None
+        gradient *= factor
+
+    with pytest.raises(LoopError, match=rf"gradient of {name.replace('.', '[.]')} is off by"):
+        residue_under_autocast(change)
 
 
 @pytest.fixture

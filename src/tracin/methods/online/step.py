@@ -172,14 +172,20 @@ class OpenStep:
         """The least precise dtype of each parameter's arithmetic in training: δ's, and what torch's switches leave of float32."""
         if kept.full:
             return dict.fromkeys(self.traced, seen)
-        layers = [layer for layer in self.queries.model.modules() if isinstance(layer, nn.RNNBase)]
-        recurrent = {id(parameter) for layer in layers for parameter in layer.parameters()}
+        owners: dict[int, set[type]] = {}
+        for layer in self.queries.model.modules():
+            for parameter in layer.parameters(recurse=False):
+                owners.setdefault(id(parameter), set()).add(type(layer))
         out = {}
         for name, parameter in self.traced.items():
-            kind = kept.convolution if parameter.dim() > 2 else kept.matmul
-            kind = kept.recurrent if id(parameter) in recurrent else kind
-            single = parameter.dtype == torch.float32 and parameter.dim() > 1
-            out[name] = coarsest([seen, kind]) if single else seen
+            kinds = owners[id(parameter)]
+            if any(issubclass(kind, nn.RNNBase) for kind in kinds):
+                rounded = kept.recurrent
+            elif parameter.dim() > 1 and not kinds <= {nn.Embedding, nn.EmbeddingBag}:  # sums, no products
+                rounded = kept.convolution if parameter.dim() > 2 else kept.matmul
+            else:
+                rounded = parameter.dtype
+            out[name] = coarsest([seen, rounded]) if parameter.dtype == torch.float32 else seen
         return out
 
     def _refuse(self, found: Captured, asked: Asked, shares: Tensor) -> None:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from tracin.errors import LoopError, NotFiniteError
-from tracin.gradients.agreement import relative_error, tolerance
+from tracin.gradients.agreement import accumulation_dtype, tolerance
 from tracin.gradients.blocks import Block, Convolution, Dense, Outer, Rows, Sum
 from tracin.methods.online.segment import Segment
 
@@ -38,7 +38,7 @@ __all__ = ["Captured", "captured", "common_factor", "each_norm"]
 each_norm = getattr(torch, "_foreach_norm")  # noqa: B009
 
 # Kernels add tens of thousands of summands one after another: oneDNN's weight gradient of a ResNet's first convolution was off
-# by 13 epsilons of what Cauchy and Schwarz allow the summands, where ``agreement`` grants ten.
+# by 13 epsilons of what Cauchy and Schwarz allow the summands, where ten are granted.
 SUMMED = 10
 DIRECTIONS = 8
 
@@ -68,7 +68,7 @@ class Captured:
         """
         return _along(gradient, self.directions.get(name))
 
-    def scale(self, name: str) -> float:
+    def scales(self, name: str) -> tuple[float, float]:
         """How large what was added up to a parameter's gradient is, which bounds how well a sum that cancels can agree.
 
         Rows may cancel one another, and the pixels or tokens of a row may: batch norm makes both sums vanish.
@@ -77,7 +77,7 @@ class Captured:
             name: The parameter.
 
         Returns:
-            Σ_i ‖g_i‖ over the rows, or the bound of ``Segment.measure`` where that is larger.
+            Σ_i ‖g_i‖ over the rows, and the bound of ``Segment.measure`` on what is added up within them.
         """
         rows = sum(
             float(block.squared_norm().sqrt().sum())
@@ -87,7 +87,7 @@ class Captured:
             for block in blocks
         )
         within = sum(float(size) for segment in self.segments for size in segment.sizes.get(name, []))
-        return max(rows, SUMMED * within)
+        return float(rows), float(within)
 
 
 def captured(
@@ -209,7 +209,7 @@ def common_factor(
         )
     factor = product / square if square > 0 else 1.0
     errors = _errors(found, pairs, factor, dtypes)
-    wrong = {name: error for name, error in errors.items() if error > tolerance(dtypes[name])}
+    wrong = {name: error for name, error in errors.items() if error > 1}
     if not wrong:
         return factor
     # One wrong parameter moves the least-squares factor; most parameters agree on the median.
@@ -217,10 +217,10 @@ def common_factor(
     median = float(shares.nanmedian())
     if math.isfinite(median):
         again = _errors(found, pairs, median, dtypes)
-        wrong = {name: error for name, error in again.items() if error > tolerance(dtypes[name])} or wrong
+        wrong = {name: error for name, error in again.items() if error > 1} or wrong
     name, error = max(wrong.items(), key=lambda item: item[1])
     raise LoopError(
-        f"the gradient of {name} is off by {error:.1e} from the sum of its rows' gradients"
+        f"the gradient of {name} is off by {error * tolerance(dtypes[name]):.1e} from the sum of its rows' gradients"
         f"{f' ({len(wrong)} parameters in all)' if len(wrong) > 1 else ''}. One factor over all parameters is found and applied "
         "(clipping by norm, a loss scale, accumulation); this is something else: a penalty in the loss, clipping by value or per "
         "group, a backward pass outside the with block, gradients left from a step before, or randomness inside one module."
@@ -233,7 +233,15 @@ def _errors(
     factor: float,
     dtypes: Mapping[str, torch.dtype],
 ) -> dict[str, float]:
-    """Relative errors of the parameters that look wrong; those that agree at first sight are left out."""
+    """Errors of the parameters that look wrong, those that agree at first sight left out.
+
+    ‖p.grad − c Σ g‖ may be ``tolerance`` of ‖p.grad‖, or, for a sum that cancels, what rounding leaves of it. Both sides add
+    up the same δ, in float32 or better: ten of its epsilons of what was added up. Coarser arithmetic rounds a sum, or what
+    is multiplied for it, once: one epsilon.
+
+    Returns:
+        Multiples of what is granted.
+    """
     sums, gradients = [mine for mine, _ in pairs.values()], [theirs for _, theirs in pairs.values()]
     rest = torch._foreach_sub(gradients, sums, alpha=factor)  # pyright: ignore[reportPrivateImportUsage]
     norms = torch.stack(each_norm([*gradients, *rest])).double()
@@ -241,10 +249,16 @@ def _errors(
     total = float(torch.linalg.vector_norm(norms))
     out = {}
     for name, norm, off in zip(pairs, norms.tolist(), rests.tolist(), strict=True):
-        if not off <= tolerance(dtypes[name]) * norm:
-            mine, theirs = pairs[name]
-            scale = abs(factor) * found.scale(name)
-            out[name] = relative_error(mine * factor, theirs, dtypes[name], scale, total)
+        granted = tolerance(dtypes[name]) * norm
+        if off <= granted:
+            continue
+        rows, within = (abs(factor) * scale for scale in found.scales(name))
+        wide = accumulation_dtype(dtypes[name])
+        noise = 10 * torch.finfo(wide).eps * max(rows, SUMMED * within, total)
+        if dtypes[name] != wide:
+            noise += torch.finfo(dtypes[name]).eps * max(rows, within)
+        granted = max(granted, noise)
+        out[name] = off / granted if granted > 0 and not math.isnan(off) else math.inf
     return out
 
 
