@@ -132,7 +132,10 @@ def _settle_locals(
     """Try modules from the owner upward for each open parameter; those that fit none go by row."""
     chains = {name: _owners(root, traced[name], inside) for name in open_names}
     modules = {**dict(root.model.named_modules()), LOSS: root}
-    chains |= {name: [s for s in chains[name][:1] if not [*modules[s].children()]] for name in owner_only}
+    # Small modules, and those that are run again for another of their parameters.
+    again = {chains[name][0] for name in open_names if name not in owner_only and chains[name]}
+    for name in owner_only:
+        chains[name] = [s for s in chains[name][:1] if s in again or not [*modules[s].children()]]
     layouts = {
         site: site_layouts(probe, site, n_more) for site in {s for chain in chains.values() for s in chain}
     }

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import oracle
 import tracin
 from methods.online.common import generator
 from tracin.errors import LoopError
@@ -69,6 +70,42 @@ def scores_of(place: str) -> Tensor:
 def test_autocast_may_reach_beyond_the_forward_pass(place: str) -> None:
     """Products of gradients are float32 wherever the loop leaves autocast on."""
     assert torch.equal(scores_of(place), scores_of("forward"))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.MultiheadAttention(8, 2, batch_first=True),
+        lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True),
+    ],
+)
+def test_attention_under_autocast(make: Callable[[], nn.Module]) -> None:
+    """Its packed projection is another operation there."""
+
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = make(), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mixed = self.body(x, x, x)[0] if isinstance(self.body, nn.MultiheadAttention) else self.body(x)
+            return self.head(mixed.mean(1))
+
+    scores = []
+    for here in (False, True):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = Attends()
+        x, y = torch.randn(8, 5, 8, generator=generator(1)), rows(8, 1)[1]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        task = tracin.Task(model, tracin.losses.cross_entropy)
+        with tracin.OnlineTracIn(task, optimizer, (x[:2], y[:2]), 8) as online, online.step(range(8)):
+            with cast(here):
+                loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+        scores.append(online.scores().values)
+    oracle.assert_close(scores[1], scores[0], 5e-2)
 
 
 def residue_under_autocast(change: Callable[[nn.Module], None]) -> None:
