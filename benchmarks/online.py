@@ -254,8 +254,9 @@ the same training that also runs a forward and a backward pass over the queries,
 rounds; the ratio is taken within a round, and the median told with its range. The final weights of both are compared bit by bit.
 Making the ledger is not counted; its first pass over the queries, which is checked against autograd, is.
 
-The goal is 1.25. Two things stand against it. Some 3 ms a step do not grow with the model: hooks, the guard around the user's
-model, the comparison of the rows' sum with the optimizer's gradient; they weigh where a step takes as little itself. And every
+The goal is 1.25. Two things stand against it. Three to four ms a step are none of the arithmetic: hooks, the guard around the
+user's model, which copies its parameters, the comparison of the rows' sum with the optimizer's gradient; they weigh where a step
+takes as little itself. And every
 convolution, norm layer and linear layer over tokens needs each row's own gradient, for train rows and queries, where training
 needs their sum alone: below each profile stands the ratio that this alone would make, at the goal on the CNN and above it on
 the ResNet and the GPT shape. A linear layer over plain rows is spared it, as its products stay factored.

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-__all__ = ["TOLERANCE", "accumulation_dtype", "coarsest", "relative_error", "tolerance"]
+__all__ = ["TOLERANCE", "accumulation_dtype", "coarsest", "relative_error", "rounding", "tolerance"]
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
@@ -35,10 +35,9 @@ def tolerance(dtype: torch.dtype) -> float:
     return TOLERANCE.get(dtype, TOLERANCE[torch.float32])
 
 
-def _floor(dtype: torch.dtype, scale: float, total: float) -> float:
-    eps = torch.finfo(dtype).eps
-    noise = 10 * eps / tolerance(dtype)
-    return noise * max(scale, total)
+def rounding(dtype: torch.dtype, size: float) -> float:
+    """How far apart two sums in ``dtype`` of what has this size may be: ten epsilons of it."""
+    return 10 * torch.finfo(dtype).eps * size
 
 
 def relative_error(
@@ -61,5 +60,6 @@ def relative_error(
     difference = float(torch.linalg.vector_norm(estimate - reference))
     if math.isnan(difference):
         return float("inf")
-    denominator = max(float(torch.linalg.vector_norm(reference)), _floor(dtype, scale, total))
+    noise = rounding(dtype, max(scale, total)) / tolerance(dtype)
+    denominator = max(float(torch.linalg.vector_norm(reference)), noise)
     return difference / denominator if denominator > 0 else (0.0 if difference == 0 else float("inf"))

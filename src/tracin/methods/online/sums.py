@@ -28,13 +28,13 @@ import torch
 from torch import Tensor, nn
 
 from tracin.errors import LoopError, NotFiniteError
-from tracin.gradients.agreement import accumulation_dtype, tolerance
+from tracin.gradients.agreement import accumulation_dtype, rounding, tolerance
 from tracin.gradients.blocks import Block, Convolution, Dense, Outer, Rows, Sum
 from tracin.methods.online.segment import Segment
 
 __all__ = ["Captured", "captured", "common_factor", "each_norm"]
 
-# One call for all tensors; the public function of it gives their common norm alone.
+# One kernel for the norms of all tensors, three times a step; torch's public function of it gives their common norm alone.
 each_norm = getattr(torch, "_foreach_norm")  # noqa: B009
 
 # Kernels add tens of thousands of summands one after another: oneDNN's weight gradient of a ResNet's first convolution was off
@@ -242,8 +242,8 @@ def _errors(
     Returns:
         Multiples of what is granted.
     """
-    sums, gradients = [mine for mine, _ in pairs.values()], [theirs for _, theirs in pairs.values()]
-    rest = torch._foreach_sub(gradients, sums, alpha=factor)  # pyright: ignore[reportPrivateImportUsage]
+    gradients = [theirs for _, theirs in pairs.values()]
+    rest = [torch.sub(theirs, mine, alpha=factor) for mine, theirs in pairs.values()]
     norms = torch.stack(each_norm([*gradients, *rest])).double()
     norms, rests = norms.chunk(2)
     total = float(torch.linalg.vector_norm(norms))
@@ -254,7 +254,7 @@ def _errors(
             continue
         rows, within = (abs(factor) * scale for scale in found.scales(name))
         wide = accumulation_dtype(dtypes[name])
-        noise = 10 * torch.finfo(wide).eps * max(rows, SUMMED * within, total)
+        noise = rounding(wide, max(rows, SUMMED * within, total))
         if dtypes[name] != wide:
             noise += torch.finfo(dtypes[name]).eps * max(rows, within)
         granted = max(granted, noise)
