@@ -61,7 +61,7 @@ def found_and_true(
         for at, (output, use) in enumerate(zip(outputs, used, strict=False))
     ]
     names = [name for name, _ in layer.named_parameters()]
-    assert recurrent.padded(call)
+    assert recurrent.repeatable(layer, call)
     found = recurrent.gradients(layer, names, call, rows, deltas, n)
     true: dict[str, list[Tensor]] = {name: [] for name in names}
     axes = [rows.axis, 1, 1]
@@ -126,7 +126,11 @@ def test_what_is_not_unrolled() -> None:
     layer = build(lambda: nn.LSTM(INPUT, HIDDEN, num_layers=2, dropout=0.5))
     names, rows = ["weight_ih_l0"], (Layout(1),)
     assert recurrent.unrolls(layer.eval(), names, rows)
-    assert not recurrent.unrolls(layer.train(), names, rows), "dropout cannot come back"
+    assert recurrent.unrolls(layer.train(), names, rows), "a layer's route is told in any mode"
+    with recording({"": layer}) as tape:
+        layer(normal(3, 2, INPUT, seed=1))
+    assert recurrent.repeatable(layer.eval(), tape.calls[""][0])
+    assert not recurrent.repeatable(layer.train(), tape.calls[""][0]), "dropout cannot come back"
     assert not recurrent.unrolls(layer.eval(), names, (Layout(0),)), "rows along time"
     assert not recurrent.unrolls(layer, names, (None,))
     assert not recurrent.unrolls(layer, ["elsewhere"], rows)
@@ -137,7 +141,7 @@ def test_what_is_not_unrolled() -> None:
     packed = nn.utils.rnn.pack_padded_sequence(normal(3, 2, INPUT, seed=1), [3, 2])
     with recording({"": layer}) as tape:
         layer(packed)
-    assert not recurrent.padded(tape.calls[""][0])
+    assert not recurrent.repeatable(layer.eval(), tape.calls[""][0])
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
@@ -170,3 +174,20 @@ def test_a_layer_that_stands_in_two_places(kind: str) -> None:
     source = wired(source_of(build(Twice), (normal(5, 4, INPUT, seed=1),)))
     assert route(source, "first.weight_hh_l0").startswith("unrolled")
     assert_exact(source)
+
+
+def test_the_route_is_told_right_for_a_model_in_training_mode() -> None:
+    """Scoring runs in eval mode, and the mode comes back before anyone reads the routes."""
+    layer = build(lambda: nn.LSTM(INPUT, HIDDEN, num_layers=2, dropout=0.5, batch_first=True))
+
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)[0][:, -1]
+
+    source = wired(source_of(Last(), (normal(5, 4, INPUT, seed=1),)))
+    layer.train()
+    assert route(source, "layer.weight_hh_l1") == "unrolled LSTM"

@@ -71,8 +71,8 @@ def gradients(
     if not used:
         return {name: value.new_zeros(n, *value.shape) for name, value in parameters.items()}
     rows = layout.inputs[0] if layout.inputs else None
-    unrolled = recurrent.unrolls(module, parameters, layout.inputs) and recurrent.padded(call)
-    if unrolled and isinstance(module, nn.RNNBase) and rows is not None:
+    unrolls = recurrent.unrolls(module, parameters, layout.inputs)
+    if unrolls and isinstance(module, nn.RNNBase) and rows is not None and recurrent.repeatable(module, call):
         return recurrent.gradients(module, parameters, call, rows, deltas, n)
     one_row = _OneRow(module, call, layout, used)
     inputs = [to_rows(one_row.leaves[at], lay, n) for at, lay in one_row.by_row.items()]

@@ -26,7 +26,7 @@ from tracin.gradients.capture import Call
 from tracin.gradients.layout import Layout, to_rows
 from tracin.gradients.precision import autocast
 
-__all__ = ["gradients", "padded", "unrolls"]
+__all__ = ["gradients", "repeatable", "unrolls"]
 
 LAYERS = (nn.LSTM, nn.GRU, nn.RNN)
 
@@ -50,21 +50,21 @@ def unrolls(layer: nn.Module, names: Collection[str], inputs: Sequence[Layout | 
         inputs: Where the rows stand in a call's inputs.
 
     Returns:
-        Whether ``gradients`` can be asked about its calls on padded rows.
+        Whether ``gradients`` can be asked about its calls, as far as they are ``repeatable``.
     """
     kind = next((kind for kind in LAYERS if isinstance(layer, kind)), None)
     if not isinstance(layer, nn.RNNBase) or kind is None or type(layer).forward is not kind.forward:
         return False
     rows, own = inputs[0] if inputs else None, set(layer._parameters)
-    drops = layer.training and layer.dropout > 0 and layer.num_layers > 1
     placed = rows is not None and rows.axis == _rows_axis(layer)
-    return placed and own >= {*names, *layer._flat_weights_names} and not drops
+    return placed and own >= {*names, *layer._flat_weights_names}
 
 
-def padded(call: Call) -> bool:
-    """Whether a recurrent layer was called on a tensor of padded rows."""
+def repeatable(layer: nn.RNNBase, call: Call) -> bool:
+    """Whether a recurrent layer was called on a tensor of padded rows, and draws nothing at random in its present mode."""
     x, _ = _given(call)
-    return isinstance(x, Tensor) and x.dim() == 3
+    drops = layer.training and layer.dropout > 0 and layer.num_layers > 1
+    return isinstance(x, Tensor) and x.dim() == 3 and not drops
 
 
 def gradients(
@@ -75,7 +75,7 @@ def gradients(
     deltas: Sequence[Tensor | None],
     n: int,
 ) -> dict[str, Tensor]:
-    """Per-example gradients of a recurrent layer's parameters for a call of padded rows.
+    """Per-example gradients of a recurrent layer's parameters for a call that is ``repeatable``.
 
     Args:
         layer: The layer.
