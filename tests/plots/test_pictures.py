@@ -7,7 +7,7 @@ from io import BytesIO
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -63,6 +63,8 @@ def test_an_array_that_holds_no_numbers_is_refused():
 
 
 @given(hnp.arrays(np.float64, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=6)))
+@example(np.array([[np.finfo(np.float64).max, -1e292]]))
+@example(np.array([[np.finfo(np.float64).max, np.finfo(np.float64).min, 0.0]]))
 def test_any_numbers_at_all_make_a_picture(array):
     picture = as_picture(array)
     assert picture.dtype == np.uint8

@@ -134,7 +134,8 @@ def full_range(pixels: np.ndarray) -> np.ndarray:
         return values
     if high == low:
         return np.full_like(values, 127.5)
-    return (values - low) / (high - low) * 255.0
+    # In halves, which are exact: the distance of the two ends can be more than the largest number.
+    return (values / 2 - low / 2) / (high / 2 - low / 2) * 255.0
 
 
 def png_bytes(picture: np.ndarray) -> bytes:
