@@ -26,8 +26,9 @@ from tracin.shapes import Float, Int
 
 __all__ = ["TILE", "Block", "Convolution", "Dense", "Outer", "Rows", "Sum", "tiles"]
 
-# Largest temporary that one product makes, in elements: 16 Mi float32 are 64 MiB.
-TILE = 1 << 24
+# Largest temporary that one product makes, in elements: 7 Mi float32 are 28 MiB. From 32 MiB on glibc asks the system for
+# every block anew, which costs more than the product.
+TILE = 7 << 20
 
 
 @runtime_checkable

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-__all__ = ["MOVERS", "Graph", "held_bytes", "walk"]
+__all__ = ["MOVERS", "Graph", "row_bytes", "walk"]
 
 # Operations whose result can hold another row's values at a row's place.
 MOVERS = frozenset(
@@ -117,21 +117,28 @@ def walk(losses: Tensor, parameters: Mapping[str, Tensor], marked: Collection[An
     )
 
 
-def held_bytes(graph: Graph) -> int:
-    """Bytes of all tensors that the operations of a graph made, parameters left out; views count as tensors.
+def row_bytes(few: Graph, more: Graph) -> tuple[int, int]:
+    """What one more row adds to the tensors that the operations of a graph made; views count as tensors.
 
     Args:
-        graph: A walked graph.
+        few: The graph of some rows.
+        more: That of one more row.
 
     Returns:
-        The bytes.
+        Bytes added to all tensors together, and the most that is added to one of them (to all, where the two graphs have not
+        the same tensors).
     """
-    return sum(
-        math.prod(made.shape) * made.dtype.itemsize
-        for node in graph.nodes
-        if type(node) is not _Leaf
-        for made in node._input_metadata
-    )
+    sizes, others = _made_bytes(few), _made_bytes(more)
+    whole = max(1, sum(others) - sum(sizes))
+    if len(sizes) != len(others):
+        return whole, whole
+    return whole, max(1, *(other - size for size, other in zip(sizes, others, strict=True)))
+
+
+def _made_bytes(graph: Graph) -> list[int]:
+    """Bytes of every tensor in the order of the walk, parameters left out."""
+    nodes = dict.fromkeys(reader for readers in graph.readers.values() for reader, _ in readers)
+    return [math.prod(made.shape) * made.dtype.itemsize for node in nodes for made in node._input_metadata]
 
 
 # The class of the nodes that hold parameters.

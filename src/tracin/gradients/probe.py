@@ -19,7 +19,7 @@ from tracin.errors import LossError
 from tracin.gradients import reference, shared
 from tracin.gradients.agreement import coarsest
 from tracin.gradients.capture import Call, Tape, recording, tensors
-from tracin.gradients.graph import Graph, held_bytes, walk
+from tracin.gradients.graph import Graph, row_bytes, walk
 from tracin.gradients.layout import Layout, candidates, owns, to_rows
 from tracin.gradients.local import CallLayout
 from tracin.gradients.movement import Mover, movers_of
@@ -48,7 +48,7 @@ class Probe:
     movers: tuple[Mover, ...]
     shared_estimates: dict[str, tuple[SharedSite, Tensor]]
     totals: list[float]
-    row_bytes: int
+    row_bytes: tuple[int, int]
 
     def delta(self, site: str, call: int) -> list[Tensor | None]:
         """∂(Σℓ)/∂output of a call, one per recorded output."""
@@ -107,17 +107,17 @@ def probe_rows(
     movers = movers_of(graph, more_graph)
     shared_found = _shared_estimates(losses, graph, more_graph, traced, n)
     for row in range(n):
-        found = torch.autograd.grad(losses[row], edges, retain_graph=True, allow_unused=True)
+        gradients, found = reference.in_graph_with_deltas(losses, traced, row, edges)
         deltas.append(dict(zip(keys, found, strict=True)))
-        truth.append(reference.in_graph(losses, traced, row))
+        truth.append(gradients)
     dtype = coarsest([dtype, *(d.dtype for row in deltas for d in row.values() if d is not None)])
     totals = [
         float(torch.stack([torch.linalg.vector_norm(g) for g in row.values()]).cpu().double().norm())
         for row in truth
     ]
-    row_bytes = max(1, held_bytes(more_graph) - held_bytes(graph))
+    added = row_bytes(graph, more_graph)
     return Probe(
-        n, dtype, tape, more_tape, back_tape, deltas, truth, graph, movers, shared_found, totals, row_bytes
+        n, dtype, tape, more_tape, back_tape, deltas, truth, graph, movers, shared_found, totals, added
     )
 
 

@@ -13,19 +13,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
-__all__ = ["alone", "in_graph", "summed"]
+__all__ = ["alone", "in_graph", "in_graph_with_deltas", "summed"]
 
 
 def _grad(scalar: Tensor, parameters: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    return _with_deltas(scalar, parameters, [], keep)[0]
+
+
+def _with_deltas(
+    scalar: Tensor, parameters: Mapping[str, Tensor], edges: Sequence[GradientEdge], keep: bool
+) -> tuple[dict[str, Tensor], list[Tensor | None]]:
     values = list(parameters.values())
-    found = torch.autograd.grad(scalar, values, retain_graph=keep, allow_unused=True)
+    found = torch.autograd.grad(scalar, [*values, *edges], retain_graph=keep, allow_unused=True)
     out = {}
-    for name, parameter, gradient in zip(parameters, values, found, strict=True):
+    for name, parameter, gradient in zip(parameters, values, found[: len(values)], strict=True):
         if gradient is None:
             gradient = torch.zeros_like(parameter)
         out[name] = (gradient.to_dense() if gradient.layout != torch.strided else gradient).detach()
-    return out
+    return out, list(found[len(values) :])
 
 
 def in_graph(losses: Tensor, parameters: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
@@ -40,6 +47,23 @@ def in_graph(losses: Tensor, parameters: Mapping[str, Tensor], row: int) -> dict
         Each parameter's gradient; zeros where the row does not use it.
     """
     return _grad(losses[row], parameters, keep=True)
+
+
+def in_graph_with_deltas(
+    losses: Tensor, parameters: Mapping[str, Tensor], row: int, edges: Sequence[GradientEdge]
+) -> tuple[dict[str, Tensor], list[Tensor | None]]:
+    """``in_graph``, and δ at some places of the graph from the same backward pass.
+
+    Args:
+        losses: The losses [n] of a batch, with their graph.
+        parameters: Parameters by name.
+        row: Position in the batch.
+        edges: The places.
+
+    Returns:
+        Each parameter's gradient, and ∂ℓ_row at each place; None where the row does not reach it.
+    """
+    return _with_deltas(losses[row], parameters, edges, keep=True)
 
 
 def summed(

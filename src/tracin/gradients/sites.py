@@ -95,7 +95,8 @@ class Wiring:
     """Routes of one loss over one data source.
 
     ``plain_rows`` says that every tensor of a batch has one entry per row on its row axis, ``dtype`` is the least precise
-    dtype of the arithmetic that was seen, ``row_bytes`` what one more row adds to the graph's tensors.
+    dtype of the arithmetic that was seen, ``row_bytes`` what one more row adds to the graph's tensors, ``row_tensor`` to the
+    largest of them.
     """
 
     rules: dict[str, RuleSite]
@@ -109,6 +110,7 @@ class Wiring:
     plain_rows: bool = True
     dtype: torch.dtype = torch.float32
     row_bytes: int = 0
+    row_tensor: int = 0
     reasons: dict[str, str] = field(default_factory=dict)
 
     def sites(self) -> dict[str, nn.Module]:
@@ -156,8 +158,13 @@ def rule_blocks(
     wide = accumulation_dtype(delta.dtype)
     rows_d = rows_d.to(wide)
     rows_x = rows_x.to(wide) if rows_x.is_floating_point() else rows_x
+    asked = list(groups)
+    if (
+        asked and not site.rule.fused
+    ):  # each role comes as a block of its own, and what they share is computed once
+        asked = [frozenset().union(*asked)]
     out: dict[tuple[str, ...], Block] = {}
-    for group in groups:
+    for group in asked:
         for roles, block in site.rule.compute(site.module, rows_x, rows_d, group).items():
             out[tuple(site.roles[role] for role in roles)] = block
     return out

@@ -110,15 +110,6 @@ def spans(g: int, at_once: int) -> Iterator[range]:
         yield range(start, min(start + max(1, at_once), g))
 
 
-def _target_bytes(run: Run) -> int:
-    sizes = (
-        run.projector.sizes.values()
-        if run.projector is not None
-        else [parameter.numel() for parameter in run.selection.traced.values()]
-    )
-    return sum(sizes) * _dtype(run).itemsize
-
-
 def _dtype(run: Run) -> torch.dtype:
     """Sums of unit gradients stay in float64, in which they are made."""
     return torch.float64 if run.settings.normalize else run.dtype
@@ -229,7 +220,7 @@ def aggregate(run: Run, groups: Groups, reduction: str) -> Float[Tensor, "g n"]:
     """
     n, m, c = len(run.train.rows), len(run.asked.rows), len(run.trajectory)
     values = torch.zeros(n, len(groups), dtype=run.dtype)
-    at_once = run.settings.memory // 2 // _target_bytes(run)
+    at_once = run.settings.memory // 2 // (run.size * _dtype(run).itemsize)
     with progress("aggregate", c * (n + m), show=run.settings.progress) as bar:
         for index in range(c):
             run.load(index)

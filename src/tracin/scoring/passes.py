@@ -76,13 +76,15 @@ def compared(run: Run, found: BatchGradients) -> Mapping[tuple[str, ...], Block]
     return found.blocks if run.projector is None else run.projector.blocks(found.blocks, run.index)
 
 
-def _weighted(
-    run: Run, blocks: Mapping[tuple[str, ...], Block]
-) -> tuple[dict[tuple[str, ...], Block], Tensor | None]:
+def _weighted(run: Run, found: BatchGradients) -> tuple[dict[tuple[str, ...], Block], Tensor]:
+    """A batch's query gradients as they are held, times the rates unless ``normalize``, and their squared norms [m]."""
+    blocks: Mapping[tuple[str, ...], Block] = compared(run, found)
     if run.settings.normalize:
-        wide = {names: widened(block) for names, block in blocks.items()}
-        return wide, next(iter(run.rates.values())) * _inverse(_norms(wide))
-    return {names: block.scaled(run.rates_of(names)) for names, block in blocks.items()}, None
+        blocks = {names: widened(block) for names, block in blocks.items()}
+    else:
+        blocks = {names: block.scaled(run.rates_of(names)) for names, block in blocks.items()}
+    kept = {names: held(block, len(run.train.rows)) for names, block in blocks.items()}
+    return kept, _squares(kept) if kept else torch.zeros_like(found.losses)
 
 
 def hold_queries(run: Run, budget: int, bar: Progress) -> Iterator[HeldQueries]:
@@ -180,8 +182,7 @@ def _forget(batch: Batch, squares: Tensor) -> None:
 
 def _refuse_query(run: Run, batch: Batch, value: Any) -> Tensor:
     found = run.gradients(run.asked, batch, value)
-    plain = compared(run, found)
-    squares = _squares(plain) if plain else torch.zeros_like(found.losses)
+    _, squares = _weighted(run, found)
     refuse_products(squares, found, batch, f"queries, {run.where}")
     return squares
 
@@ -192,10 +193,11 @@ def _squares(blocks: Mapping[tuple[str, ...], Block]) -> Tensor:
 
 def _hold(run: Run, batch: Batch, value: Any, looks: Arrivals) -> _Part:
     found = run.gradients(run.asked, batch, value)
-    plain = compared(run, found)
-    looks.send(batch, _squares(plain) if plain else torch.zeros_like(found.losses), found)
-    blocks, weights = _weighted(run, plain)
-    kept = {names: held(block, len(run.train.rows)) for names, block in blocks.items()}
+    kept, squares = _weighted(run, found)
+    looks.send(batch, squares, found)
+    weights = None
+    if run.settings.normalize:
+        weights = next(iter(run.rates.values())) * _inverse(squares.sqrt())
     return _Part(batch, kept, weights)
 
 

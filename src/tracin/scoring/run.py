@@ -83,28 +83,32 @@ def parse_memory(memory: str | int) -> int:
 
 
 # Under batch_size="auto", as `python benchmarks/batches.py` found it on two CPU cores: a batch gains from more rows until
-# its tensors leave the caches, and up to a hundred rows even beyond. The first batch is short: it is checked against
-# autograd, which costs several passes over it.
-CACHED_BYTES, BATCH_BYTES = 16 << 20, 192 << 20
-MOST_ROWS, ENOUGH_ROWS, CHECKED_ROWS = 512, 100, 64
+# its tensors leave the caches, and up to 150 rows even beyond. Every batch reads the queries' gradients once, so where
+# those are large it should not be small beside them. No tensor should reach 32 MiB, from where on glibc asks the system for
+# every block anew. The first batch is short: it is checked against autograd, which costs several passes over it.
+CACHED_BYTES, BATCH_BYTES, TENSOR_BYTES = 48 << 20, 192 << 20, 31 << 20
+MOST_ROWS, ENOUGH_ROWS, CHECKED_ROWS = 512, 150, 64
 
 
-def batch_rows(row_bytes: int, memory: int) -> tuple[int, int]:
+def batch_rows(row_bytes: int, memory: int, queries: int = 0, tensor: int = 1) -> tuple[int, int]:
     """Rows of the first batch and of the others, where the user left it to us.
 
     Args:
         row_bytes: What the graph of one row holds.
-        memory: The bound that the user gave, of which a batch may take an eighth.
+        memory: The bound that the user gave, of which a batch may take a fifth.
+        queries: Bytes of the queries' gradients, multiplied out.
+        tensor: What one row adds to the largest tensor.
 
     Returns:
         The two sizes.
 
     Example:
-        >>> batch_rows(3_000, 2 << 30), batch_rows(1 << 20, 2 << 30)
-        ((64, 512), (64, 100))
+        >>> batch_rows(3_000, 2 << 30), batch_rows(1 << 20, 2 << 30), batch_rows(40 << 20, 2 << 30, 220 << 20)
+        ((64, 512), (64, 150), (10, 10))
     """
-    affordable = max(1, min(BATCH_BYTES, memory // 8) // row_bytes)
+    affordable = max(1, min(max(BATCH_BYTES, 2 * queries), memory // 5) // row_bytes)
     rows = min(MOST_ROWS, affordable, max(ENOUGH_ROWS, CACHED_BYTES // row_bytes))
+    rows = min(rows, max(1, TENSOR_BYTES // tensor))
     return min(CHECKED_ROWS, rows), rows
 
 
@@ -134,6 +138,13 @@ class Run:
     def dtype(self) -> torch.dtype:
         """Dtype of the scores: the parameters', at least float32."""
         return accumulation_dtype(next(iter(self.selection.traced.values())).dtype)
+
+    @property
+    def size(self) -> int:
+        """Numbers in one example's gradient, or in its features under a projection."""
+        if self.projector is not None:
+            return sum(self.projector.sizes.values())
+        return sum(parameter.numel() for parameter in self.selection.traced.values())
 
     @property
     def asked(self) -> Source:
@@ -192,9 +203,11 @@ class Run:
             else:
                 self._wire(self.queries)
 
+        queries = 0 if self.queries is None else len(self.queries.rows) * self.size * self.dtype.itemsize
         for source in self.sources():
-            if source.wiring.row_bytes:
-                first, rest = batch_rows(source.wiring.row_bytes, self.settings.memory)
+            wiring = source.wiring
+            if wiring.row_bytes:
+                first, rest = batch_rows(wiring.row_bytes, self.settings.memory, queries, wiring.row_tensor)
                 source.rows.resize(first, rest)
 
     def _wire(self, source: Source) -> None:
