@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from gradients.common import build, normal, source_of, traced, wave
 from tracin.gradients import reference
@@ -128,3 +129,21 @@ def test_rows_are_run_by_themselves_and_named() -> None:
     assert seen == [(1, [2]), (1, [0])]
     assert found["layer.bias"].shape == (2, 2)
     torch.testing.assert_close(found["layer.bias"], all_ways(model, rows())["alone"]["layer.bias"][[2, 0]])
+
+
+def test_deltas_come_with_the_same_gradients() -> None:
+    """At a tensor right before the losses δ is known; a place that a row does not reach has none."""
+    weight = normal(3, seed=4).requires_grad_()
+    x = normal(4, 3, seed=5)
+    outputs = x @ weight
+    aside = (2 * weight).sum()
+    places = [get_gradient_edge(outputs), get_gradient_edge(aside)]
+    losses = outputs.square()
+    for row in range(4):
+        gradients, deltas = reference.in_graph_with_deltas(losses, {"weight": weight}, row, places)
+        assert torch.equal(gradients["weight"], reference.in_graph(losses, {"weight": weight}, row)["weight"])
+        expected = torch.zeros_like(outputs)
+        expected[row] = 2 * outputs[row].detach()
+        assert deltas[0] is not None
+        torch.testing.assert_close(deltas[0], expected)
+        assert deltas[1] is None

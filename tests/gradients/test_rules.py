@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -125,3 +127,20 @@ def test_a_method_put_on_one_layer_is_noticed() -> None:
     assert source.wiring is not None
     assert not source.wiring.route("0.weight").startswith("rule")
     assert_exact(source)
+
+
+@pytest.mark.parametrize("cls", [nn.LayerNorm, nn.BatchNorm2d, nn.Conv2d])
+def test_weight_and_bias_are_read_in_one_go(cls: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What both parameters need is computed once, and each still comes as a block of its own."""
+    model = LAYERS[cls].model(FLOAT64)
+    source = wired(source_of(model, LAYERS[cls].rows(6, 1, FLOAT64), loss))
+    (name, site), *_ = [(n, s) for n, s in source.wiring.rules.items() if isinstance(s.module, cls)]
+    asked: list[frozenset[str]] = []
+
+    def compute(layer: nn.Module, x: Tensor, d: Tensor, wanted: frozenset[str]) -> object:
+        asked.append(wanted)
+        return site.rule.compute(layer, x, d, wanted)
+
+    monkeypatch.setitem(source.wiring.rules, name, replace(site, rule=replace(site.rule, compute=compute)))
+    assert_exact(source)
+    assert asked == [frozenset({"weight", "bias"})]

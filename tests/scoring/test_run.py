@@ -124,12 +124,19 @@ def test_products_add_over_parameters_and_skip_what_one_side_lacks() -> None:
     assert torch.equal(nothing, torch.zeros(3, 4, dtype=torch.float64))
 
 
-@given(row_bytes=st.integers(1, 1 << 34), memory=st.integers(1, 1 << 40), queries=st.integers(0, 1 << 40))
-def test_rows_of_a_batch_stay_within_the_memory(row_bytes: int, memory: int, queries: int) -> None:
-    first, rest = batch_rows(row_bytes, memory, queries)
+@given(
+    row_bytes=st.integers(1, 1 << 34),
+    memory=st.integers(1, 1 << 40),
+    queries=st.integers(0, 1 << 40),
+    tensor=st.integers(1, 1 << 34),
+)
+def test_rows_of_a_batch_stay_within_the_memory(
+    row_bytes: int, memory: int, queries: int, tensor: int
+) -> None:
+    first, rest = batch_rows(row_bytes, memory, queries, tensor)
     assert 1 <= first <= rest <= 512
-    assert rest == 1 or rest * row_bytes <= memory // 5
-    assert batch_rows(row_bytes, memory)[1] <= rest
+    assert rest == 1 or (rest * row_bytes <= memory // 5 and rest * tensor < 32 << 20)
+    assert batch_rows(row_bytes, memory, 0, tensor)[1] <= rest
 
 
 def test_the_batches_go_by_what_the_model_keeps() -> None:
