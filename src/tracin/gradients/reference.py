@@ -26,7 +26,8 @@ def _with_deltas(
     scalar: Tensor, parameters: Mapping[str, Tensor], edges: Sequence[GradientEdge], keep: bool
 ) -> tuple[dict[str, Tensor], list[Tensor | None]]:
     values = list(parameters.values())
-    found = torch.autograd.grad(scalar, [*values, *edges], retain_graph=keep, allow_unused=True)
+    asked: list[Any] = [*values, *edges]
+    found = torch.autograd.grad(scalar, asked, retain_graph=keep, allow_unused=True)
     out = {}
     for name, parameter, gradient in zip(parameters, values, found[: len(values)], strict=True):
         if gradient is None:
