@@ -224,6 +224,12 @@ def table(*words: Any, width: int = 70, size: int = 50) -> Tensor:
     return Signs(size, width, key_of(*words), 1.0).table(0, size, torch.empty(0))
 
 
+def test_a_table_of_a_few_million_signs_is_made_once() -> None:
+    signs = Signs(2100, 4096, key_of("a table"), 1.0)
+    like = torch.empty(0)
+    assert signs.table(0, 2100, like).data_ptr() == signs.table(0, 2100, like).data_ptr()
+
+
 def test_signs_depend_on_every_word_and_on_nothing_else() -> None:
     state = torch.get_rng_state()
     first = table(0, 1, "weight")

@@ -27,7 +27,7 @@ from tracin.shapes import Float, Int
 __all__ = ["TILE", "Block", "Convolution", "Dense", "Outer", "Rows", "Sum", "tiles"]
 
 # Largest temporary that one product makes, in elements: 7 Mi float32 are 28 MiB. From 32 MiB on glibc asks the system for
-# every block anew, which costs more than the product.
+# every block anew.
 TILE = 7 << 20
 
 

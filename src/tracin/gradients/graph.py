@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-__all__ = ["MOVERS", "Graph", "row_bytes", "walk"]
+__all__ = ["MOVERS", "Graph", "added_bytes", "walk"]
 
 # Operations whose result can hold another row's values at a row's place.
 MOVERS = frozenset(
@@ -117,7 +117,7 @@ def walk(losses: Tensor, parameters: Mapping[str, Tensor], marked: Collection[An
     )
 
 
-def row_bytes(few: Graph, more: Graph) -> tuple[int, int]:
+def added_bytes(few: Graph, more: Graph) -> tuple[int, int]:
     """What one more row adds to the tensors that the operations of a graph made; views count as tensors.
 
     Args:
@@ -132,7 +132,7 @@ def row_bytes(few: Graph, more: Graph) -> tuple[int, int]:
     whole = max(1, sum(others) - sum(sizes))
     if len(sizes) != len(others):
         return whole, whole
-    return whole, max(1, *(other - size for size, other in zip(sizes, others, strict=True)))
+    return whole, max([1, *(other - size for size, other in zip(sizes, others, strict=True))])
 
 
 def _made_bytes(graph: Graph) -> list[int]:

@@ -19,7 +19,7 @@ from tracin.errors import LossError
 from tracin.gradients import reference, shared
 from tracin.gradients.agreement import coarsest
 from tracin.gradients.capture import Call, Tape, recording, tensors
-from tracin.gradients.graph import Graph, row_bytes, walk
+from tracin.gradients.graph import Graph, added_bytes, walk
 from tracin.gradients.layout import Layout, candidates, owns, to_rows
 from tracin.gradients.local import CallLayout
 from tracin.gradients.movement import Mover, movers_of
@@ -48,7 +48,8 @@ class Probe:
     movers: tuple[Mover, ...]
     shared_estimates: dict[str, tuple[SharedSite, Tensor]]
     totals: list[float]
-    row_bytes: tuple[int, int]
+    row_bytes: int
+    row_tensor: int
 
     def delta(self, site: str, call: int) -> list[Tensor | None]:
         """∂(Σℓ)/∂output of a call, one per recorded output."""
@@ -115,9 +116,21 @@ def probe_rows(
         float(torch.stack([torch.linalg.vector_norm(g) for g in row.values()]).cpu().double().norm())
         for row in truth
     ]
-    added = row_bytes(graph, more_graph)
+    row_bytes, row_tensor = added_bytes(graph, more_graph)
     return Probe(
-        n, dtype, tape, more_tape, back_tape, deltas, truth, graph, movers, shared_found, totals, added
+        n=n,
+        dtype=dtype,
+        few=tape,
+        more=more_tape,
+        back=back_tape,
+        deltas=deltas,
+        truth=truth,
+        graph=graph,
+        movers=movers,
+        shared_estimates=shared_found,
+        totals=totals,
+        row_bytes=row_bytes,
+        row_tensor=row_tensor,
     )
 
 

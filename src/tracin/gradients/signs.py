@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tracin.gradients.blocks import TILE
 from tracin.shapes import Int, Shaped
 
 __all__ = ["Signs", "key_of"]
 
+# Entries of the largest table that is kept, or made at once.
+TILE = 1 << 24
 # Columns that are made together where single ones are asked for.
 _RUN = 1024
 

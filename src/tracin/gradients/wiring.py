@@ -275,8 +275,8 @@ def wire(
         movers=probe.movers,
         plain_rows=_plain_rows(probe),
         dtype=probe.dtype,
-        row_bytes=probe.row_bytes[0],
-        row_tensor=probe.row_bytes[1],
+        row_bytes=probe.row_bytes,
+        row_tensor=probe.row_tensor,
         reasons={
             name: text
             for name, text in reasons.items()
