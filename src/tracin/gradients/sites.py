@@ -159,9 +159,8 @@ def rule_blocks(
     rows_d = rows_d.to(wide)
     rows_x = rows_x.to(wide) if rows_x.is_floating_point() else rows_x
     asked = list(groups)
-    if (
-        asked and not site.rule.fused
-    ):  # each role comes as a block of its own, and what they share is computed once
+    # Where each role comes as a block of its own, what the roles share is computed once.
+    if asked and not site.rule.fused:
         asked = [frozenset().union(*asked)]
     out: dict[tuple[str, ...], Block] = {}
     for group in asked:
