@@ -1,6 +1,6 @@
 """What it saves that freed memory is kept for the next batch: pages made anew and seconds, with and without.
 
-    python benchmarks/heap.py                       CNN, ResNet, GPT
+    python benchmarks/heap.py                       CNN, ResNet, GPT, LSTM
     python benchmarks/heap.py --models cnn --rounds 3
 
 The setting belongs to a process, so each run is one of its own, with and without in turns: ``influence`` once, uncounted,
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from workloads import CASES, FASHION, made, opened
 
 from tracin.scoring import guard
 
-MODELS = ("cnn", "resnet", "gpt")
+MODELS = ("cnn", "resnet", "gpt", "lstm")
 
 
 def parsed() -> argparse.Namespace:
@@ -41,7 +42,7 @@ def parsed() -> argparse.Namespace:
 def child(name: str, folder: str, kept: str, data: Path) -> None:
     """One process: seconds and pages of the second run, as JSON."""
     if kept == "no":
-        guard.keep_freed_memory = lambda: None
+        guard.freed_memory_kept = nullcontext
     workload = opened(name, CASES[name], Path(folder), data)
     method = ours(workload)
     method.influence(workload.train, workload.queries)

@@ -354,3 +354,36 @@ def test_batches_of_different_kinds(second: str) -> None:
     (first, a), (other, b) = outer_with_bias(3, 1), WITH_BIAS[second](2, 2)
     for parts, truth in (((first, other), (a, b)), ((other, first), (b, a))):
         close(concatenate(parts).materialise(), torch.cat(truth), f"outer beside {second}")
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "p", "cut"),
+    [
+        (33, 9, 4096, True),
+        (9, 33, 5003, True),
+        (65, 65, 4096, False),
+        (3, 5, 4096, False),
+        (33, 9, 4095, False),
+    ],
+)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_long_sums_are_cut_into_pieces_for_threads(
+    n: int, m: int, p: int, cut: bool, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces: list[torch.Size] = []
+    whole = torch.bmm
+
+    def counted(left: Tensor, right: Tensor) -> Tensor:
+        pieces.append(left.shape)
+        return whole(left, right)
+
+    train, queries = normal(n, p, seed=1), normal(p, m, seed=2).mT
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        monkeypatch.setattr(torch, "bmm", counted)
+        found = dot(Dense(train), Dense(queries))
+    finally:
+        torch.set_num_threads(before)
+    assert bool(pieces) == (cut and threads > 1)
+    close(found, torch.einsum("np,mp->nm", train, queries), "products")

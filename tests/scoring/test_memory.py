@@ -14,45 +14,69 @@ from tracin.scoring.memory import Resident, size_text, watched
 
 BATCHES = """
 import resource, sys, torch
-from tracin.scoring.memory import keep_freed_memory
-
-def faults():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+from contextlib import nullcontext
+from tracin.scoring.memory import freed_memory_kept
 
 def batches(count):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(count):
-        held = [torch.ones(1 << 20) for _ in range(10)]  # 40 MiB in pieces, freed together
+        held = [torch.ones(1 << 20) for _ in range(40)]  # 160 MiB in pieces, freed together
         del held
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
 
 batches(3)
-before = faults()
-batches(5)
-plain = faults() - before
-keep_freed_memory()
-batches(3)
-before = faults()
-batches(5)
-print(plain, faults() - before)
+plain, level = batches(5), resident()
+with freed_memory_kept():
+    with freed_memory_kept():
+        batches(3)
+    kept, held = batches(5), resident() - level
+print(plain, kept, held, resident() - level)
 """
+PAGES, HELD = 5 * (160 << 20) // 4096, 160 << 20
 
 
-@pytest.mark.skipif(
+def _batches(**more: str) -> tuple[int, ...]:
+    """Pages made anew for five batches, as it is and kept; bytes held within the block and after it."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", BATCHES], capture_output=True, text=True, check=True, env=own | more
+    )
+    return tuple(map(int, done.stdout.split()))
+
+
+glibc = pytest.mark.skipif(
     sys.platform != "linux" or platform.libc_ver()[0] != "glibc",
     reason="the rule is that of glibc's allocator",
 )
-def test_freed_memory_is_used_again() -> None:
-    pages, plain, kept = 5 * (40 << 20) // 4096, 0, 0
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+
+
+@glibc
+def test_freed_memory_is_used_again_and_given_back_in_the_end() -> None:
     for _ in range(8):  # where the heap cannot grow in one piece, nothing is given back
-        done = subprocess.run(
-            [sys.executable, "-c", BATCHES], capture_output=True, text=True, check=True, env=own
-        )
-        plain, kept = map(int, done.stdout.split())
-        if plain > pages / 2:
+        plain, kept, held, after = _batches()
+        if plain > PAGES / 2:
             break
     else:
         pytest.skip("this system's heap gives nothing back, so there is nothing to gain")
-    assert kept < pages / 20
+    assert kept < PAGES / 20
+    assert held > 0.9 * HELD
+    assert after < HELD / 2  # 64 MiB at the most, and what the libraries took
+
+
+@glibc
+def test_limits_of_the_environment_are_left_alone() -> None:
+    for limits in (
+        {"MALLOC_TRIM_THRESHOLD_": "1000000"},
+        {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=1000000"},
+    ):
+        plain, kept, *_ = _batches(**limits)
+        if plain < PAGES / 2:
+            pytest.skip("this system's heap gives nothing back")
+        assert kept > PAGES / 2
 
 
 def test_the_watched_peak_is_that_of_the_tensors() -> None:

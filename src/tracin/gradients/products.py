@@ -18,6 +18,9 @@ from torch import Tensor
 from tracin.gradients.blocks import Block, Convolution, Dense, Outer, Rows, Sum, tiles
 from tracin.shapes import Float
 
+# Where a product is cut into pieces, how many there are, and the least that makes one worth it.
+PIECES, NARROW, LEAST_RESULT, LEAST_PIECE = 8, 64, 256, 512
+
 __all__ = ["concatenate", "dot", "held", "widened"]
 
 
@@ -48,8 +51,26 @@ def dot(train: Block, queries: Block) -> Float[Tensor, "n m"]:
     if isinstance(train, Rows) and isinstance(queries, Dense) and train.index.shape[1] < train.length:
         return _dot_gathered(train, queries)
     other = queries.materialise().mT
-    parts = [train.rows(start, stop).materialise() @ other for start, stop in tiles(len(train), train.size)]
+    parts = [
+        _product(train.rows(start, stop).materialise(), other)
+        for start, stop in tiles(len(train), train.size)
+    ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _product(left: Float[Tensor, "n p"], right: Float[Tensor, "p m"]) -> Float[Tensor, "n m"]:
+    """left @ right; where one side is narrow, the long sum is cut into pieces that threads can share."""
+    # A matrix product shares out the rows and columns of its result: with 150 rows and 10 columns two threads need as long
+    # as one, and half of that in pieces. From some 64 columns on nothing is gained (two CPU cores, p from 4,608 to 262,144).
+    (n, p), m = left.shape, right.shape[1]
+    length = p // PIECES
+    narrow = min(n, m) <= NARROW and n * m >= LEAST_RESULT and length >= LEAST_PIECE
+    if not narrow or left.device.type != "cpu" or torch.get_num_threads() == 1:
+        return left @ right
+    cut = length * PIECES
+    pieces = left[:, :cut].unflatten(1, (PIECES, length)).transpose(0, 1)
+    out = torch.bmm(pieces, right[:cut].unflatten(0, (PIECES, length))).sum(0)
+    return out if cut == p else out.addmm_(left[:, cut:], right[cut:])
 
 
 def _dot_factored(train: Outer, queries: Outer) -> Float[Tensor, "n m"]:

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tracin.checkpoints import Checkpoint, fit
 from tracin.errors import ModelError, OptionError
 from tracin.scoring.arithmetic import full_float32
-from tracin.scoring.memory import keep_freed_memory
+from tracin.scoring.memory import freed_memory_kept
 from tracin.scoring.tree import Tree, tree_of
 
 __all__ = ["LoadedModel", "device_of", "guarded"]
@@ -235,9 +235,8 @@ def guarded(model: nn.Module, device: str | torch.device = "auto") -> Iterator[L
     Raises:
         ModelError: A layer mixes rows in eval mode.
     """
-    keep_freed_memory()
     lock = _lock_of(model)
-    with lock, torch.inference_mode(False), torch.enable_grad():
+    with lock, freed_memory_kept(), torch.inference_mode(False), torch.enable_grad():
         tree = tree_of(model)
         refuse_mixing_layers(model, tree)
         target = device_of(model, device)

@@ -7,9 +7,12 @@ blocks: ``Resident`` asks the kernel for that, where it tells.
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import os
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -18,10 +21,14 @@ from typing import Any
 
 import torch
 
-__all__ = ["Resident", "Watched", "keep_freed_memory", "size_text", "watched"]
+__all__ = ["Resident", "Watched", "freed_memory_kept", "size_text", "watched"]
 
-# Just under glibc's DEFAULT_MMAP_THRESHOLD_MAX, with room for the alignment.
-_LARGEST_BLOCK = (32 << 20) - 8192
+# Of glibc's malloc.h and its manual: names of limits, the largest block that it takes from the heap, and the size of a freed
+# block from which on it looks whether the heap's end should be given back.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGEST_IN_HEAP, _LOOKS_AT_HEAP, _NO_LIMIT = 32 << 20, 128 << 10, 2**31 - 1
+_HOLDING: list[None] = []
+_LOCK = threading.Lock()
 
 
 @dataclass
@@ -75,17 +82,40 @@ def watched(device: torch.device) -> Iterator[Watched]:
             found.kept += sum(sizes)
 
 
-@functools.cache
-def keep_freed_memory() -> None:
-    """Let the process keep what one batch frees for the next one.
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Within the block, let the process keep what one batch frees for the next one.
 
-    glibc gives the free end of the heap back to the system where it is larger than twice the largest block that was freed so
-    far, and the next batch has all its pages made anew: on two CPU cores a sixth of a run. Freeing one block of nearly
-    32 MiB, whose pages are never touched, raises that limit to the largest that glibc takes by itself, 64 MiB. It does nothing
-    on other systems, and where the environment sets the limits of malloc.
+    glibc gives the free end of the heap back to the system, at the latest where it is larger than 64 MiB, and the next batch
+    has all its pages made anew: `python benchmarks/heap.py` counts them. On leaving the limit is 64 MiB, the largest that
+    glibc takes by itself. Nothing happens on other systems, and where the environment sets the limits of malloc.
     """
-    if sys.platform == "linux":
-        torch.UntypedStorage(_LARGEST_BLOCK, device="cpu")
+    mallopt = _mallopt()
+    if mallopt is None:
+        yield
+        return
+    with _LOCK:
+        _HOLDING.append(None)
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_IN_HEAP)
+        mallopt(_M_TRIM_THRESHOLD, _NO_LIMIT)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _HOLDING.pop()
+            if not _HOLDING:  # other threads may still be scoring
+                mallopt(_M_TRIM_THRESHOLD, 2 * _LARGEST_IN_HEAP)
+                torch.UntypedStorage(_LOOKS_AT_HEAP, device="cpu")  # given back on freeing this
+
+
+@functools.cache
+def _mallopt() -> Callable[[int, int], int] | None:
+    """glibc's function, where it is the allocator's and nobody else has set its limits."""
+    own = any(name.startswith("MALLOC_") for name in os.environ)
+    if sys.platform != "linux" or own or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+        return None
+    library = ctypes.CDLL(None)
+    return getattr(library, "mallopt", None) if hasattr(library, "gnu_get_libc_version") else None
 
 
 class Resident:
