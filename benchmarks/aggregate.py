@@ -22,12 +22,21 @@ from typing import Any
 import peers
 import torch
 from measure import CLOCKS, machine, ours, timed
+from stages import STAGES, stages
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from workloads import CASES, FASHION, Workload, batches, fashion, made
 
 import tracin
 
+# The stages that have a column, and the words above it.
+SHOWN = {
+    "forward": "forward",
+    "backward to the outputs": "backward to the outputs",
+    "blocks by rules": "gradients of rows",
+    "sums by group": "sums by class",
+    "products with the sums": "products with the sums",
+}
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "results" / "aggregate.md"
 
 
@@ -80,13 +89,25 @@ def measured(workload: Workload, options: argparse.Namespace) -> dict[str, Any]:
     found = {name: run() for name, run in runs.items()}
     truth = class_means(found["influence"], labels)
     error = float((found["aggregate"].values.double() - truth).abs().max() / truth.abs().max())
-    rounds = [{name: timed(run, clock)[0] for name, run in runs.items()} for _ in range(options.rounds)]
+    rounds, spent = [], []
+    for _ in range(options.rounds):
+        with stages(STAGES, clock) as found_stages:
+            aggregated = timed(runs["aggregate"], clock)[0]
+        spent.append(found_stages.seconds)
+        others = {name: timed(run, clock)[0] for name, run in runs.items() if name != "aggregate"}
+        rounds.append({**others, "aggregate": aggregated})
     ratios = {name: [one[name] / one["pass"] for one in rounds] for name in runs}
     return {
         "title": workload.case.title,
         "seconds": {name: statistics.median(one[name] for one in rounds) for name in runs},
         "ratio": {name: statistics.median(values) for name, values in ratios.items()},
         "range": {name: (min(values), max(values)) for name, values in ratios.items()},
+        "stages": {
+            stage: statistics.median(
+                seconds[stage] / one["pass"] for seconds, one in zip(spent, rounds, strict=True)
+            )
+            for stage in SHOWN
+        },
         "least": least(workload, len(truth)),
         "error": error,
     }
@@ -115,6 +136,20 @@ def markdown(results: list[dict[str, Any]], options: argparse.Namespace) -> str:
             f"| {found['title']} | {found['seconds']['pass']:.3f} | {found['ratio']['aggregate']:.2f} | {low:.2f}–{high:.2f} | "
             f"{found['least']:.2f} | {found['ratio']['influence']:.2f} | {found['error']:.1e} |"
         )
+    lines += [
+        "",
+        (
+            "Where `aggregate` spends it, × pass (medians; a convolution's gradients of rows are made in the third column where "
+            "they take less memory than its input and δ, else in the last two):"
+        ),
+        "",
+        "| model | " + " | ".join(SHOWN.values()) + " | everything else |",
+        "|---|" + "---:|" * (len(SHOWN) + 1),
+    ]
+    for found in results:
+        parts = [found["stages"][stage] for stage in SHOWN]
+        rest = max(0.0, found["ratio"]["aggregate"] - sum(parts))
+        lines.append(f"| {found['title']} | " + " | ".join(f"{part:.2f}" for part in (*parts, rest)) + " |")
     lines += [
         "",
         (

@@ -18,7 +18,7 @@ import peers
 from measure import CLOCKS, ours, timed
 from workloads import Workload
 
-__all__ = ["profile"]
+__all__ = ["STAGES", "profile", "stages"]
 
 # Stage → where its function is looked up when it is called: module, then attributes.
 STAGES = {
@@ -40,6 +40,8 @@ STAGES = {
     "hold the queries": ("tracin.scoring.passes:_hold", "tracin.scoring.passes:_tile"),
     "products": ("tracin.scoring.run:dot",),
     "merge the lists": ("tracin.scoring.top_k:merge",),
+    "sums by group": ("tracin.gradients.targets:GroupSums.add",),
+    "products with the sums": ("tracin.scoring.aggregate:dot_targets",),
 }
 PLAIN = {
     "load": ("peers:plain_load",),
