@@ -359,11 +359,11 @@ def test_batches_of_different_kinds(second: str) -> None:
 @pytest.mark.parametrize(
     ("n", "m", "p", "cut"),
     [
-        (33, 9, 4096, True),
-        (9, 33, 5003, True),
-        (65, 65, 4096, False),
-        (3, 5, 4096, False),
-        (33, 9, 4095, False),
+        (33, 16, 32_768, True),
+        (16, 33, 33_003, True),
+        (65, 65, 32_768, False),
+        (31, 16, 32_768, False),
+        (33, 16, 32_767, False),
     ],
 )
 @pytest.mark.parametrize("threads", [1, 2])

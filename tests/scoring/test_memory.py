@@ -6,15 +6,16 @@ import os
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tracin.scoring.memory import Resident, size_text, watched
+from tracin.scoring import memory
+from tracin.scoring.memory import Resident, freed_memory_kept, size_text, watched
 
 BATCHES = """
-import resource, sys, torch
-from contextlib import nullcontext
+import resource, torch
 from tracin.scoring.memory import freed_memory_kept
 
 def batches(count):
@@ -39,22 +40,20 @@ print(plain, kept, held, resident() - level)
 PAGES, HELD = 5 * (160 << 20) // 4096, 160 << 20
 
 
-def _batches(**more: str) -> tuple[int, ...]:
+def _batches() -> tuple[int, ...]:
     """Pages made anew for five batches, as it is and kept; bytes held within the block and after it."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
     done = subprocess.run(
-        [sys.executable, "-c", BATCHES], capture_output=True, text=True, check=True, env=own | more
+        [sys.executable, "-c", BATCHES], capture_output=True, text=True, check=True, env=own
     )
-    return tuple(map(int, done.stdout.split()))
+    plain, kept, held, after = map(int, done.stdout.split())
+    return plain, kept, held, after
 
 
-glibc = pytest.mark.skipif(
+@pytest.mark.skipif(
     sys.platform != "linux" or platform.libc_ver()[0] != "glibc",
     reason="the rule is that of glibc's allocator",
 )
-
-
-@glibc
 def test_freed_memory_is_used_again_and_given_back_in_the_end() -> None:
     for _ in range(8):  # where the heap cannot grow in one piece, nothing is given back
         plain, kept, held, after = _batches()
@@ -67,16 +66,31 @@ def test_freed_memory_is_used_again_and_given_back_in_the_end() -> None:
     assert after < HELD / 2  # 64 MiB at the most, and what the libraries took
 
 
-@glibc
-def test_limits_of_the_environment_are_left_alone() -> None:
-    for limits in (
-        {"MALLOC_TRIM_THRESHOLD_": "1000000"},
-        {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=1000000"},
-    ):
-        plain, kept, *_ = _batches(**limits)
-        if plain < PAGES / 2:
-            pytest.skip("this system's heap gives nothing back")
-        assert kept > PAGES / 2
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MALLOC_TRIM_THRESHOLD_", "1000000"),
+        ("MALLOC_MMAP_MAX_", "0"),
+        ("GLIBC_TUNABLES", "glibc.malloc.tcache_count=7:glibc.malloc.top_pad=4096"),
+    ],
+)
+def test_limits_of_the_environment_are_left_alone(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for other in [key for key in os.environ if key.startswith(("MALLOC_", "GLIBC_"))]:
+        monkeypatch.delenv(other)
+    called: list[tuple[int, int]] = []
+    library = SimpleNamespace(mallopt=lambda *limit: called.append(limit), gnu_get_libc_version=None)
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: library)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")  # no limit of the heap's
+    with freed_memory_kept():
+        assert called
+    called.clear()
+    monkeypatch.setenv(name, value)
+    with freed_memory_kept():
+        pass
+    assert not called
 
 
 def test_the_watched_peak_is_that_of_the_tensors() -> None:

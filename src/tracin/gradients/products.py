@@ -18,10 +18,11 @@ from torch import Tensor
 from tracin.gradients.blocks import Block, Convolution, Dense, Outer, Rows, Sum, tiles
 from tracin.shapes import Float
 
-# Where a product is cut into pieces, how many there are, and the least that makes one worth it.
-PIECES, NARROW, LEAST_RESULT, LEAST_PIECE = 8, 64, 256, 512
-
 __all__ = ["concatenate", "dot", "held", "widened"]
+
+# A long sum is cut into this many pieces where the result has at most so many rows or columns, and where it and a piece are
+# large enough: as `python benchmarks/narrow.py` found it on two CPU cores.
+PIECES, NARROW, LEAST_RESULT, LEAST_PIECE = 8, 64, 512, 4096
 
 
 def dot(train: Block, queries: Block) -> Float[Tensor, "n m"]:
@@ -60,8 +61,7 @@ def dot(train: Block, queries: Block) -> Float[Tensor, "n m"]:
 
 def _product(left: Float[Tensor, "n p"], right: Float[Tensor, "p m"]) -> Float[Tensor, "n m"]:
     """left @ right; where one side is narrow, the long sum is cut into pieces that threads can share."""
-    # A matrix product shares out the rows and columns of its result: with 150 rows and 10 columns two threads need as long
-    # as one, and half of that in pieces. From some 64 columns on nothing is gained (two CPU cores, p from 4,608 to 262,144).
+    # A matrix product shares out the rows and columns of its result, and has too few of them here.
     (n, p), m = left.shape, right.shape[1]
     length = p // PIECES
     narrow = min(n, m) <= NARROW and n * m >= LEAST_RESULT and length >= LEAST_PIECE

@@ -8,7 +8,6 @@ blocks: ``Resident`` asks the kernel for that, where it tells.
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 import sys
 import threading
@@ -27,6 +26,9 @@ __all__ = ["Resident", "Watched", "freed_memory_kept", "size_text", "watched"]
 # block from which on it looks whether the heap's end should be given back.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_IN_HEAP, _LOOKS_AT_HEAP, _NO_LIMIT = 32 << 20, 128 << 10, 2**31 - 1
+# Limits by which, once the environment sets one of them, glibc adapts none by itself.
+_LIMITS = ("trim_threshold", "top_pad", "mmap_threshold", "mmap_max")
+# An entry for every open ``freed_memory_kept``: the limits belong to the process.
 _HOLDING: list[None] = []
 _LOCK = threading.Lock()
 
@@ -108,11 +110,13 @@ def freed_memory_kept() -> Iterator[None]:
                 torch.UntypedStorage(_LOOKS_AT_HEAP, device="cpu")  # given back on freeing this
 
 
-@functools.cache
 def _mallopt() -> Callable[[int, int], int] | None:
-    """glibc's function, where it is the allocator's and nobody else has set its limits."""
-    own = any(name.startswith("MALLOC_") for name in os.environ)
-    if sys.platform != "linux" or own or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+    """glibc's function, where it is the system's and the environment leaves its limits alone."""
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    own = any(
+        f"MALLOC_{name.upper()}_" in os.environ or f"glibc.malloc.{name}" in tunables for name in _LIMITS
+    )
+    if sys.platform != "linux" or own:
         return None
     library = ctypes.CDLL(None)
     return getattr(library, "mallopt", None) if hasattr(library, "gnu_get_libc_version") else None

@@ -85,8 +85,7 @@ def parse_memory(memory: str | int) -> int:
 # Under batch_size="auto", as `python benchmarks/batches.py` found it on two CPU cores: a batch gains from more rows until
 # its tensors leave the caches, and up to 150 rows even beyond. Every batch reads the queries' gradients once, so where
 # those are large it should not be small beside them. No tensor should reach 32 MiB, from where on glibc asks the system for
-# every block anew. Threads share an even number of rows better. The first batch is short: it is checked against autograd,
-# which costs several passes over it.
+# every block anew. The first batch is short: it is checked against autograd, which costs several passes over it.
 CACHED_BYTES, BATCH_BYTES, TENSOR_BYTES = 48 << 20, 384 << 20, 31 << 20
 MOST_ROWS, ENOUGH_ROWS, FEWEST_CHECKED, MOST_CHECKED = 512, 150, 8, 64
 
@@ -110,7 +109,6 @@ def batch_rows(row_bytes: int, memory: int, queries: int = 0, tensor: int = 1) -
     affordable = max(1, min(max(BATCH_BYTES, 2 * queries), memory // 5) // row_bytes)
     rows = min(MOST_ROWS, affordable, max(ENOUGH_ROWS, CACHED_BYTES // row_bytes))
     rows = min(rows, max(1, TENSOR_BYTES // tensor))
-    rows -= rows % 2 if rows > 2 else 0
     return min(rows, max(FEWEST_CHECKED, min(MOST_CHECKED, rows // 4))), rows
 
 
