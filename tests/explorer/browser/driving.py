@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,6 +109,19 @@ def until(page: Any, expression: str) -> None:
     while not page.evaluate(expression):
         assert time.monotonic() < ends, f"never true: {expression}"
         page.wait_for_timeout(20)
+
+
+def meddle(page: Any, address: str, answer: Callable[[Any], None], seen: str) -> None:
+    """Answer ``address`` in the server's place, from when the page itself sees it.
+
+    A page that is loaded already may send its next request past a route that was set just now. ``seen`` is what the
+    page's own request comes to: its status, or "failed".
+    """
+    page.route(f"**/{address}", answer)
+    until(
+        page,
+        f"fetch('{address}').then((answer) => String(answer.status), () => 'failed').then((seen) => seen === '{seen}')",
+    )
 
 
 def one_by_one(visit: Visit, keys: Sequence[str]) -> None:

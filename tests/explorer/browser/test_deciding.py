@@ -7,10 +7,9 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from explorer.browser.driving import until
+from explorer.browser.driving import meddle, until
 from explorer.browser.journeys import all_suspects, suspects
 
-SENDING = "**/api/decisions"
 UNSENT = "Object.keys(sessionStorage).filter((key) => key.startsWith('tracin-unsent'))"
 CHOSEN = "document.querySelector('.suspect[aria-selected=true]').ariaPosInSet"
 
@@ -71,14 +70,14 @@ def test_what_was_left_for_a_log_is_sent_when_its_study_is_back(digits, visit):
     page = seen.page
     row = suspects(page)[0]["row"]
     seen.allowed = ("ERR_FAILED",)
-    page.route(SENDING, lambda route: route.abort())
+    meddle(page, "api/decisions", lambda route: route.abort(), "failed")
     page.keyboard.press("k")
     page.get_by_text("1 decision not saved yet").wait_for()
     # Every page tells it, and the sender runs on every page.
     page.keyboard.press("3")
     page.wait_for_selector(".stages")
     assert "1 decision not saved yet" in page.locator("#unsent").inner_text()
-    page.unroute(SENDING)
+    page.unroute("**/api/decisions")
     page.reload()
     page.wait_for_selector(".stages")
     until(page, f"{UNSENT}.length === 0")
@@ -92,9 +91,8 @@ def test_a_refused_decision_takes_its_undo_with_it(digits, visit):
     row = suspects(page)[0]["row"]
     newer = {"action": "remove", "label": None, "seq": 10_000, "at": "2026-01-01T00:00:00.000Z"}
     seen.allowed = ("409",)
-    page.route(
-        SENDING, lambda route: route.fulfill(status=409, json={"error": "it was decided.", "decision": newer})
-    )
+    answer = {"status": 409, "json": {"error": "it was decided.", "decision": newer}}
+    meddle(page, "api/decisions", lambda route: route.fulfill(**answer), "409")
     page.keyboard.press("x")
     page.get_by_text(f"Another tab decided on row {row} meanwhile: removed").wait_for()
     assert page.locator(".toast:not(.error)").count() == 0
@@ -105,7 +103,7 @@ def test_a_refused_decision_takes_its_undo_with_it(digits, visit):
 
 
 def test_no_key_decides_while_a_row_is_fetched(digits, visit):
-    seen = audit_of(digits, visit)
+    seen = visit("about:blank")
     page = seen.page
     held = []
 
@@ -113,6 +111,8 @@ def test_no_key_decides_while_a_row_is_fetched(digits, visit):
         held.append(route)
 
     page.route(lambda address: "/api/suspects" in address and re.search("offset=[1-9]", address), hold)
+    page.goto(f"{digits}#/audit")
+    all_suspects(seen)
     posts = posts_of(page)
     page.keyboard.press("End")
     page.get_by_text("Place 1,438 in the list is on its way.").wait_for()
@@ -168,14 +168,14 @@ def test_only_exports_that_can_be_made_are_offered_and_a_failure_is_told(digits,
     seen = visit("about:blank")
     page = seen.page
     changed(page, "**/api/study", lambda study: {**study, "exports": ["csv", "json"]})
+    page.route(
+        "**/api/export*", lambda route: route.fulfill(status=422, json={"error": "there is no such table."})
+    )
     page.goto(f"{digits}#/audit")
     page.wait_for_selector(".panel-body .act")
     page.locator(".menu summary").click()
     assert page.locator(".menu li b").all_inner_texts() == ["CSV", "JSON"]
     seen.allowed = ("422",)
-    page.route(
-        "**/api/export*", lambda route: route.fulfill(status=422, json={"error": "there is no such table."})
-    )
     page.get_by_role("button", name="JSON").click()
     page.get_by_text("No JSON file: there is no such table.").wait_for()
 

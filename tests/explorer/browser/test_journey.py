@@ -8,7 +8,7 @@ from urllib.parse import parse_qs, urlsplit
 import numpy as np
 import pytest
 
-from explorer.browser.driving import one_by_one, until
+from explorer.browser.driving import meddle, one_by_one, until
 from explorer.browser.journeys import all_suspects, explain_and_follow, relabel_ten, suspects
 
 
@@ -75,7 +75,7 @@ def test_a_decision_that_does_not_arrive_is_told_and_sent_again(digits, visit):
     page.keyboard.press("End")
     until(page, "document.querySelector('.panel-place')?.textContent.startsWith('1,438 ')")
     seen.allowed = ("ERR_FAILED",)
-    page.route("**/api/decisions", lambda route: route.abort())
+    meddle(page, "api/decisions", lambda route: route.abort(), "failed")
     page.keyboard.press("k")
     page.get_by_text("1 decision not saved yet").wait_for()
     assert page.locator(".act.keep").get_attribute("aria-pressed") == "true"
