@@ -173,6 +173,40 @@ def test_rows_that_stay_beside_batch_statistics_are_followed(dtype: torch.dtype)
     assert online.steps == 3
 
 
+@pytest.mark.parametrize("moves", [False, True], ids=["rows that stay", "rows that move"])
+def test_below_a_float32_layer_the_graph_may_be_less_precise(moves: bool) -> None:
+    """An embedding is float32 under autocast, and what reads it is not."""
+
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.deep = nn.Embedding(9, 8), nn.Sequential(*[nn.Linear(8, 8) for _ in range(6)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.deep(self.table(x))
+            if self.training:
+                places = torch.arange(len(x)).flip(0) if moves else torch.arange(len(x))
+                h = h[places]
+            return h.sum(1)
+
+    model = build(Words).float()
+    x, y = torch.arange(N * 3).view(N, 3) % 9, torch.arange(N) % 8
+    optimizer = sgd()(model)
+    online = tracin.OnlineTracIn(tracin.Task(model, tracin.losses.cross_entropy), optimizer, (x, y), N)
+    ids = torch.arange(4)
+
+    def loss() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.cross_entropy(model(x[ids]), y[ids])
+
+    if moves:
+        with pytest.raises(LoopError, match="does not come from slot i"):
+            one_step(online, optimizer, ids, loss)
+    else:
+        one_step(online, optimizer, ids, loss)
+        assert online.steps == 1
+
+
 def test_rows_picked_with_their_own_place_are_followed() -> None:
     """Whoever reorders rows before the model gives their ids in that order."""
     loop, data, queries = Loop(sgd(), batches(4)), rows(N, 1), rows(Q, 2)

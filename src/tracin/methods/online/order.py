@@ -163,7 +163,7 @@ class RowOrder:
             starts: The model's outputs that have rows.
             layers: The layers' outputs.
             n: Rows.
-            dtype: The least precise dtype of the arithmetic so far.
+            dtype: The least precise dtype of the arithmetic so far; what this graph passes on may be less precise.
 
         Raises:
             LoopError: A row's output reaches another row's slot of a layer; or it cannot be decided.
@@ -178,7 +178,7 @@ class RowOrder:
                 "axis, so it cannot be checked that rows keep their places. Let it return one entry per row while training."
             )
         within = [place for place in layers if place.edge.node in graph.nodes]
-        wrong = _moved(starts, within, graph, n, dtype)
+        wrong = _moved(starts, within, graph, n, coarsest([dtype, *_dtypes(graph)]))
         if wrong is not None:
             raise LoopError(
                 f"in training, row i of the model's output does not come from slot i of {wrong} alone: the model moves or mixes "
@@ -242,6 +242,11 @@ def _shapers(graph: Graph) -> tuple[str, ...]:
     """Operations that reshape, and those of the user's own; how often, since a graph's nodes have no order here."""
     names = (type(node).__name__ for node in graph.nodes if _own(node) or type(node).__name__ in SHAPERS)
     return tuple(sorted(names))
+
+
+def _dtypes(graph: Graph) -> set[torch.dtype]:
+    """In what precision gradients pass through a graph."""
+    return {meta.dtype for node in graph.nodes for meta in node._input_metadata}
 
 
 def _own(node: Any) -> bool:
