@@ -14,9 +14,9 @@ Every block knows ``squared_norm() [n]``, ``materialise() [n, p]``, ``total() [p
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -31,44 +31,52 @@ __all__ = ["TILE", "Block", "Convolution", "Dense", "Outer", "Rows", "Sum", "til
 TILE = 7 << 20
 
 
-@runtime_checkable
-class Block(Protocol):
+class Block(ABC):
     """Per-example gradients of one parameter, or of a weight and its bias."""
 
+    @abstractmethod
     def __len__(self) -> int:
         """Number of examples n."""
         ...
 
     @property
+    @abstractmethod
     def nbytes(self) -> int:
         """Memory that the block holds."""
         ...
 
     @property
+    @abstractmethod
     def size(self) -> int:
         """Number of parameters p."""
         ...
 
+    @abstractmethod
     def squared_norm(self) -> Tensor:
         """The squared norm of each example's gradient, [n]."""
         ...
 
+    @abstractmethod
     def materialise(self) -> Tensor:
         """Multiplied out, [n, p]; the weight's entries first, then the bias's."""
         ...
 
+    @abstractmethod
     def total(self) -> Tensor:
         """The sum over examples, [p]."""
         ...
 
+    @abstractmethod
     def scaled(self, rates: Sequence[float]) -> Block:
         """Each parameter's gradient times its rate (one rate per parameter that the block holds)."""
         ...
 
+    @abstractmethod
     def weighted(self, weights: Tensor) -> Block:
         """Each example's gradient times its weight, weights [n]."""
         ...
 
+    @abstractmethod
     def rows(self, start: int, stop: int) -> Block:
         """Examples ``start`` to ``stop``."""
         ...
@@ -86,7 +94,7 @@ def tiles(n: int, per_row: int) -> Iterator[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(Block):
     """Multiplied out: values [n, p]; ``splits`` are the sizes of the parameters where there are several."""
 
     values: Float[Tensor, "n p"]
@@ -131,7 +139,7 @@ class Dense:
 
 
 @dataclass(frozen=True)
-class Outer:
+class Outer(Block):
     """Two factors: a [n, t, i], δ [n, t, o]; ``bias`` is the value of the bias's column of a, None without a bias."""
 
     a: Float[Tensor, "n t i"]
@@ -207,7 +215,7 @@ class Outer:
 
 
 @dataclass(frozen=True)
-class Convolution:
+class Convolution(Block):
     """A convolution's input x [n, k, c, ...] and δ [n, k, o, ...]: k pictures per example."""
 
     x: Float[Tensor, "n k c ..."]
@@ -265,7 +273,7 @@ class Convolution:
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(Block):
     """The touched rows of a table [v, o]: index [n, t], δ [n, t, o]."""
 
     index: Int[Tensor, "n t"]
@@ -320,7 +328,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Sum:
+class Sum(Block):
     """One parameter's gradient as the sum of several blocks."""
 
     parts: tuple[Block, ...]
