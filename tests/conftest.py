@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def smallest_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Queries are held one batch at a time, as in a run whose memory is nearly full."""
     for module in (passes, plan, top_k):
-        monkeypatch.setattr(module, "query_budget", lambda run, verb: 0)
+        monkeypatch.setattr(module, "query_budget", lambda *_: 0)
 
 
 @pytest.fixture

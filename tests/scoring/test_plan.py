@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +14,11 @@ from torch.utils.data import Dataset
 import oracle
 import tracin
 from scoring.common import RATES, M, N, method, net, rows, trajectory
+from tracin.batch import Batch
+from tracin.gradients.engine import Source
+from tracin.scoring import run as run_module
 from tracin.scoring.plan import Plan, Route
+from tracin.scoring.run import Run
 
 
 def test_a_plan_tells_passes_memory_time_and_routes() -> None:
@@ -43,6 +51,31 @@ def test_less_memory_means_more_passes_and_a_lower_peak() -> None:
     assert tight.passes > roomy.passes
     assert tight.passes % len(RATES) == 0
     assert tight.peak_bytes < roomy.peak_bytes
+
+
+@pytest.mark.parametrize("memory", [9_000, 20_000, 1 << 20])
+@pytest.mark.parametrize("batch_size", ["auto", 7])
+@pytest.mark.parametrize("verb", ["influence", "top_k"])
+def test_passes_are_those_of_the_run(
+    verb: Any, batch_size: Any, memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles are whole batches of queries, of which the first is short."""
+    monkeypatch.setattr(run_module, "batch_rows", lambda *_: (3, 8))
+    train, queries = rows(23, 1), rows(37, 2)
+    passes: Counter[str] = Counter()
+    read = run_module.Run.read
+
+    def counted(self: Run, source: Source, **options: Any) -> Iterator[Batch]:
+        for batch in read(self, source, **options):
+            passes[source.rows.name] += batch.size
+            yield batch
+
+    chosen = method(memory=memory, batch_size=batch_size)
+    plan = chosen.plan(train, queries, verb=verb, k=2)
+    assert plan.fits
+    monkeypatch.setattr(run_module.Run, "read", counted)
+    getattr(chosen, verb)(train, queries, **({"k": 2} if verb == "top_k" else {}))
+    assert passes["train"] == 23 * plan.passes
 
 
 def test_a_slow_route_is_told_with_its_reason() -> None:

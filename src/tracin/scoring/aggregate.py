@@ -25,6 +25,7 @@ from tracin.gradients.engine import BatchGradients, name_not_finite
 from tracin.gradients.products import widened
 from tracin.gradients.targets import GroupSums, Members, Target, dot_targets
 from tracin.progress import Progress, progress
+from tracin.scoring.fits import query_budget, refuse_too_large
 from tracin.scoring.passes import compared
 from tracin.scoring.run import Run, refuse_products
 from tracin.shapes import Float, Int
@@ -217,22 +218,29 @@ def aggregate(run: Run, groups: Groups, reduction: str) -> Float[Tensor, "g n"]:
 
     Returns:
         The scores on the CPU.
+
+    Raises:
+        MemoryLimitError: The scores and a batch do not fit ``memory``; the message says what would.
     """
     n, m, c = len(run.train.rows), len(run.asked.rows), len(run.trajectory)
-    values = torch.zeros(n, len(groups), dtype=run.dtype)
-    at_once = run.settings.memory // 2 // (run.size * _dtype(run).itemsize)
     with progress("aggregate", c * (n + m), show=run.settings.progress) as bar:
+        run.go(0)
+        refuse_too_large(run, "aggregate", groups=len(groups))
+        values = torch.zeros(len(groups), n, dtype=run.dtype)
+        budget = query_budget(run, "aggregate", groups=len(groups))
+        at_once = budget // (run.size * _dtype(run).itemsize)
         for index in range(c):
-            run.load(index)
+            run.go(index)
             for span in spans(len(groups), at_once):
                 if span.start:
                     bar.grow(n + m)
                 targets, weights = _weighted(run, summed(run, groups, span, bar), groups, span, reduction)
                 for batch, value in run.batches(run.train):
                     part = score_targets(run, batch, value, targets, len(span), weights)
-                    values[batch.start : batch.start + batch.size, span.start : span.stop] += part.cpu()
+                    stop = batch.start + batch.size
+                    values[span.start : span.stop, batch.start : stop] += part.cpu().mT
                     bar.advance(batch.size)
-    return values.mT.contiguous()
+    return values
 
 
 def _weighted(

@@ -6,7 +6,10 @@ gradients, tiles of scores, and the tensors of one batch. Queries are held in ti
     result   q·n numbers                                 (influence)
              4·q·k numbers of lists                      (top_k)
              n numbers                                   (self_influence)
+             g·n numbers                                 (aggregate, for g groups)
     batch    what the graph keeps of a row · the rows of the largest batch
+
+Batches whose size was left to us are shortened to what the result leaves, so that only a row has to fit beside it.
 """
 
 from __future__ import annotations
@@ -18,79 +21,132 @@ from tracin.errors import MemoryLimitError
 from tracin.scoring.memory import size_text
 from tracin.scoring.run import Run
 
-__all__ = ["VERBS", "Sizes", "query_budget", "refuse_too_large", "sizes_of", "ways_to_fit"]
+__all__ = [
+    "VERBS",
+    "Sizes",
+    "query_budget",
+    "refuse_too_large",
+    "shorten_batches",
+    "sizes_of",
+    "ways_to_fit",
+]
 
 VERBS = ("influence", "top_k", "self_influence")
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a verb holds at the least, in bytes: its result, and one batch."""
+    """What a verb holds at the least, in bytes: its result, and one batch.
+
+    Attributes:
+        verb: The verb.
+        result: Bytes of what it returns.
+        batch: Bytes of the largest batch.
+        columns: Queries, or groups of them.
+        n: Train rows.
+        rows: Rows of the largest batch.
+        k: List length of ``top_k``.
+    """
 
     verb: str
     result: int
     batch: int
-    queries: int
+    columns: int
+    n: int
     rows: int
+    k: int
 
     @property
     def least(self) -> int:
         """What cannot shrink."""
         return self.result + self.batch
 
+    @property
+    def told(self) -> str:
+        """The result in words."""
+        return {
+            "influence": f"the scores of {self.columns:,} queries × {self.n:,} train rows",
+            "top_k": f"two lists of {self.k:,} rows for each of {self.columns:,} queries",
+            "self_influence": f"the scores of {self.n:,} train rows",
+            "aggregate": f"the scores of {self.columns:,} groups × {self.n:,} train rows",
+        }[self.verb]
 
-def sizes_of(run: Run, verb: str, k: int = 10) -> Sizes:
+
+def sizes_of(run: Run, verb: str, k: int = 10, groups: int = 0) -> Sizes:
     """The sizes of a run whose sources are wired.
 
     Args:
         run: The run, at its first checkpoint.
-        verb: One of ``VERBS``.
+        verb: One of ``VERBS``, or ``"aggregate"``.
         k: List length of ``top_k``.
+        groups: Groups of ``aggregate``.
 
     Returns:
         The sizes.
     """
     n, m = len(run.train.rows), 0 if run.queries is None else len(run.queries.rows)
     item = run.dtype.itemsize
-    result = {"influence": m * n * item, "top_k": 2 * m * k * (item + 8), "self_influence": n * item}
-    largest = [
-        source.wiring.row_bytes * max(source.rows.sizes)
-        for source in (run.train, run.queries)
-        if source is not None
-    ]
-    return Sizes(verb, result[verb], max(largest), m, max(run.train.rows.sizes))
+    result = {
+        "influence": m * n * item,
+        "top_k": 2 * m * k * (item + 8),
+        "self_influence": n * item,
+        "aggregate": groups * n * item,
+    }
+    batches = [(source.wiring.row_bytes, max(source.rows.sizes)) for source in run.sources()]
+    batch, rows = max((each * rows, rows) for each, rows in batches)
+    return Sizes(verb, result[verb], batch, groups if verb == "aggregate" else m, n, rows, k)
 
 
-def query_budget(run: Run, verb: str) -> int:
+def shorten_batches(run: Run, sizes: Sizes) -> None:
+    """Where the result leaves less than a batch takes, batch the rows in half of what it leaves, if that is up to us.
+
+    Args:
+        run: A run at its first checkpoint, before its first batch.
+        sizes: Its sizes.
+    """
+    room = run.settings.memory - sizes.result
+    for source in run.sources():
+        each = source.wiring.row_bytes
+        if each and each <= room < each * max(source.rows.sizes):
+            rows = max(1, room // 2 // each)
+            source.rows.resize(min(rows, source.rows.sizes[0]), rows)
+
+
+def query_budget(run: Run, verb: str, k: int = 10, groups: int = 0) -> int:
     """Bytes for one tile of held queries: half of the memory, or what the rest of the run leaves of it.
 
     Args:
         run: A run at its first checkpoint.
-        verb: One of ``VERBS``.
+        verb: One of ``VERBS``, or ``"aggregate"``.
+        k: List length of ``top_k``.
+        groups: Groups of ``aggregate``.
 
     Returns:
-        The bytes; a tile holds at least one batch.
+        The bytes; a tile holds at least one batch, or one group.
     """
     memory = run.settings.memory
-    return max(0, min(memory // 2, memory - sizes_of(run, verb).least))
+    return max(0, min(memory // 2, memory - sizes_of(run, verb, k, groups).least))
 
 
-def refuse_too_large(run: Run, verb: str, k: int = 10) -> None:
-    """Refuse a run that cannot fit, before it computes.
+def refuse_too_large(run: Run, verb: str, k: int = 10, groups: int = 0) -> None:
+    """Refuse a run that cannot fit, before it computes or holds anything.
 
     Args:
-        run: A run at its first checkpoint.
-        verb: One of ``VERBS``.
+        run: A run at its first checkpoint, before its first batch; its batches may be shortened.
+        verb: One of ``VERBS``, or ``"aggregate"``.
         k: List length of ``top_k``.
+        groups: Groups of ``aggregate``.
 
     Raises:
         MemoryLimitError: It holds more than ``memory`` whatever the tiles; the message says what would fit, and at what cost.
     """
-    sizes, memory = sizes_of(run, verb, k), run.settings.memory
+    memory = run.settings.memory
+    shorten_batches(run, sizes_of(run, verb, k, groups))
+    sizes = sizes_of(run, verb, k, groups)
     if sizes.least <= memory:
         return
     what = (
-        f"the scores of {sizes.queries:,} queries × {len(run.train.rows):,} train rows take {size_text(sizes.result)}"
+        f"{sizes.told} take {size_text(sizes.result)}"
         if sizes.result > sizes.batch
         else f"a batch of {sizes.rows:,} rows takes about {size_text(sizes.batch)}"
     )
@@ -110,6 +166,7 @@ def ways_to_fit(run: Run, sizes: Sizes) -> tuple[str, ...]:
     """
     memory = run.settings.memory
     ways: list[tuple[float, str]] = [(1.0, f"memory={_asked(sizes.least)!r}: no more time")]
+    room = (memory - sizes.batch) // 2  # the other half holds gradients
     if sizes.verb == "influence":
         lists = sizes_of(run, "top_k").least
         if lists <= memory:
@@ -119,17 +176,16 @@ def ways_to_fit(run: Run, sizes: Sizes) -> tuple[str, ...]:
                     f"top_k(k=10) in place of influence: {size_text(lists)} for lists and a batch, about the same time",
                 )
             )
-        room = memory - sizes.batch
-        if room > 0:
-            parts = math.ceil(sizes.result / room)
-            if 1 < parts <= sizes.queries:
-                each = sizes.queries // parts
-                ways.append(
-                    (
-                        float(parts),
-                        f"{each:,} queries at a time, each saved: {parts} passes over the train rows in place of one",
-                    )
-                )
+    if sizes.verb == "top_k" and 0 < sizes.result // sizes.k <= room:
+        ways.append((1.0, f"k={room // (sizes.result // sizes.k)}: shorter lists, no more time"))
+    if sizes.verb in ("influence", "aggregate") and room > 0:
+        parts = math.ceil(sizes.result / room)
+        if 1 < parts <= sizes.columns:
+            each, what = sizes.columns // parts, "queries" if sizes.verb == "influence" else "groups"
+            told = (
+                f"{each:,} {what} at a time, each saved: {parts} passes over the train rows in place of one"
+            )
+            ways.append((float(parts), told))
     for rows in _smaller(sizes, memory):
         # A step costs what 25 more rows would, as benchmarks/batches.py has it for small models.
         cost = (1 + 25 / rows) / (1 + 25 / sizes.rows)

@@ -265,10 +265,10 @@ def influence(run: Run) -> Tensor:
         The scores on the CPU.
     """
     n, m, c = len(run.train.rows), len(run.asked.rows), len(run.trajectory)
-    values = torch.zeros(m, n, dtype=run.dtype)
     with progress("influence", c * (n + m), show=run.settings.progress) as bar:
         order = first_order(run)
         refuse_too_large(run, "influence")
+        values = torch.zeros(m, n, dtype=run.dtype)
         budget = query_budget(run, "influence")
         if order.name == "tiles":
             _by_tiles(run, budget, values, bar)
@@ -339,10 +339,10 @@ def self_influence(run: Run) -> Tensor:
             "self_influence with normalize=True is the same number for every row. Use normalize=False."
         )
     n, c = len(run.train.rows), len(run.trajectory)
-    values = torch.zeros(n, dtype=run.dtype)
     with progress("self-influence", c * n, show=run.settings.progress) as bar:
         order = first_order(run)
         refuse_too_large(run, "self_influence")
+        values = torch.zeros(n, dtype=run.dtype)
         if order.name == "tiles":
             for rows in tile_spans(run, n):
                 for _, batches in tile_visits(run, rows):

@@ -15,7 +15,7 @@ freed tensors: the process's own growth over these batches, less what the tensor
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 from tracin.data import to_device, value_bytes
 from tracin.gradients.engine import Source
 from tracin.gradients.products import concatenate, held
-from tracin.scoring.fits import VERBS, query_budget, sizes_of, ways_to_fit
+from tracin.scoring.fits import VERBS, query_budget, shorten_batches, sizes_of, ways_to_fit
 from tracin.scoring.memory import Resident, Watched, size_text, watched
 from tracin.scoring.order import tile_spans
 from tracin.scoring.passes import HeldQueries, compared, same_queries, score_batch
@@ -127,6 +127,17 @@ def _usual(source: Source) -> int:
     return sizes[0] if len(sizes) > 1 else 0
 
 
+def _tiles(sizes: Sequence[int], per_query: float, budget: int) -> list[int]:
+    """Queries of each tile: whole batches, as many as the budget allows, one at the least."""
+    tiles: list[int] = []
+    for size in sizes:
+        if tiles and (tiles[-1] + size) * per_query <= budget:
+            tiles[-1] += size
+        else:
+            tiles.append(size)
+    return tiles
+
+
 def plan(run: Run, verb: str = "influence", k: int = 10) -> Plan:
     """Load the first checkpoint, run a few batches, and add up.
 
@@ -157,6 +168,7 @@ class _Planning:
             pass  # what watching itself takes is not the run's
         self.resident, self.unexplained = Resident(), 0
         self.first, _ = self._once(partial(run.load, 0))
+        shorten_batches(run, sizes_of(run, verb, k))
         self.again, _ = self._once(partial(run.loaded.load, run.trajectory[0]))
         self.checks: list[_Cost] = []
         self.copies = sum(_bytes(t) for t in {id(t): t for t in _tensors(run)}.values())
@@ -230,9 +242,8 @@ class _Planning:
         asked, one = self._query_step()
         per_query = one.nbytes() / one.size
         total = 1 if self.verb == "influence" else self.c
-        budget = query_budget(run, self.verb) // total
-        tile = min(m, max(*run.asked.rows.sizes, int(budget / max(per_query, 1e-9))))
-        tiles = -(-m // tile)
+        tiles = _tiles(run.asked.rows.sizes, per_query, query_budget(run, self.verb, self.k) // total)
+        tile = max(tiles)
         queries = _stretched(one, tile)
         largest = max((block.nbytes for block in queries.blocks.values()), default=0)
         del one
@@ -242,7 +253,7 @@ class _Planning:
         self._explain(holding + max(step.peak, asked.peak, *(check.peak for check in self.checks)))
         del queries
         fixed = self._fixed() + self.c * asked.per_row * m
-        passes = self.c * tiles
+        passes = self.c * len(tiles)
         if self.verb == "influence":
             parts, extra = self._influence_parts(holding, asked, largest, step)
         else:

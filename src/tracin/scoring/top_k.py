@@ -165,7 +165,7 @@ def top_k(
     refuse_too_large(run, "top_k", k)
     high, low = _Stack(), _Stack()
     with progress("top-k", c * (n + (asked if resident is None else 0)), show=run.settings.progress) as bar:
-        tiles = resident_queries(run, query_budget(run, "top_k"), bar) if resident is None else resident
+        tiles = resident_queries(run, query_budget(run, "top_k", k), bar) if resident is None else resident
         for tile in tiles:
             if tile[0].start:
                 bar.grow(c * n)
