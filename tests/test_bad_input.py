@@ -154,6 +154,29 @@ class Noisy(nn.Module):
         return self.head(F.dropout(x, 0.5, training=True))
 
 
+def test_a_forward_pass_that_writes_into_a_weight_which_is_used_again() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.out = nn.Embedding(9, 5, max_norm=0.5), nn.Linear(5, 9, bias=False)
+            self.out.weight = self.words.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.words(x).mean(1))
+
+    model = Tied()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    x, y = torch.arange(24).view(12, 2) % 9, torch.arange(12) % 9
+    method = tracin.TracInCP(
+        tracin.Task(model, tracin.losses.cross_entropy),
+        tracin.Trajectory([tracin.Checkpoint(state, learning_rate=0.1)]),
+        device="cpu",
+        progress=False,
+    )
+    with refused(model, ModelError, "writes into words.weight", "max_norm=None"):
+        method.influence((x, y), (x, y))
+
+
 def test_a_model_that_is_random_in_eval_mode() -> None:
     model = build(Noisy)
     with refused(model, (ModelError, LossError), "random|mix"):

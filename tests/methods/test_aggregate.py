@@ -60,6 +60,7 @@ def test_it_is_the_reduced_influence(by: Any, options: dict[str, Any], reduction
         ([True] * 13, "bool"),
         ("class", "'label'"),
         (3, "int"),
+        (torch.full((13,), 2**63, dtype=torch.uint64), r"beyond 2\*\*63"),
     ],
 )
 def test_what_is_no_grouping(by: Any, message: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tracin.errors import LossError
+from tracin.errors import LossError, ModelError
 from tracin.gradients import reference, shared
 from tracin.gradients.agreement import coarsest
 from tracin.gradients.capture import Call, Tape, recording, tensors
@@ -60,6 +60,16 @@ class Probe:
         return out
 
 
+def _refuse_writing(traced: Mapping[str, Tensor], versions: Mapping[str, int], error: RuntimeError) -> None:
+    """Name the parameter where a backward pass failed because a forward pass had written into it."""
+    written = [name for name, parameter in traced.items() if parameter._version != versions[name]]
+    if written:
+        raise ModelError(
+            f"the model's forward pass writes into {written[0]}, which the backward pass needs as it was. An Embedding with "
+            "max_norm whose weight another layer uses does so: give it max_norm=None, and bound the weights after each step."
+        ) from error
+
+
 def probe_rows(
     root: LossModule,
     run: Callable[[Any, list[int]], Tensor],
@@ -78,12 +88,17 @@ def probe_rows(
 
     Returns:
         What they showed.
+
+    Raises:
+        ModelError: A forward pass writes into a parameter that its backward pass needs.
+        RuntimeError: A backward pass failed for another reason.
     """
     wanted = {id(p) for p in traced.values()}
     sites: dict[str, nn.Module] = {LOSS: root}
     modules = root.model.named_modules()
     sites |= {name: module for name, module in modules if any(id(p) in wanted for p in module.parameters())}
     everything = frozenset(sites)
+    versions = {name: parameter._version for name, parameter in traced.items()}
     with recording(sites, everything) as tape:
         losses = run(take(rows), rows)
     with recording(sites, everything) as more_tape:
@@ -108,7 +123,11 @@ def probe_rows(
     movers = movers_of(graph, more_graph)
     shared_found = _shared_estimates(losses, graph, more_graph, traced, n)
     for row in range(n):
-        gradients, found = reference.in_graph_with_deltas(losses, traced, row, edges)
+        try:
+            gradients, found = reference.in_graph_with_deltas(losses, traced, row, edges)
+        except RuntimeError as error:
+            _refuse_writing(traced, versions, error)
+            raise
         deltas.append(dict(zip(keys, found, strict=True)))
         truth.append(gradients)
     dtype = coarsest([dtype, *(d.dtype for row in deltas for d in row.values() if d is not None)])

@@ -62,7 +62,10 @@ def _given(by: Any) -> Tensor:
         ) from cause
     whole = not (groups.is_floating_point() or groups.is_complex() or groups.dtype == torch.bool)
     if groups.dim() == 1 and (whole or not len(groups)):
-        return groups.detach().to("cpu", torch.int64)
+        found = groups.detach().to("cpu", torch.int64)
+        if groups.dtype == torch.uint64 and bool((found < 0).any()):
+            raise OptionError("aggregate: by has groups beyond 2**63 - 1. Number the groups anew.")
+        return found
     held = str(groups.dtype).removeprefix("torch.")
     raise OptionError(
         f"aggregate: by is {held} {list(groups.shape)}. Give the group of each row: whole numbers [m]."
