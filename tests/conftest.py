@@ -1,12 +1,25 @@
-"""What all tests share: hypothesis without a stopwatch, and no GPU test without a GPU."""
+"""What all tests share: shapes checked at run time, hypothesis without a stopwatch, and no GPU test without a GPU."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+from jaxtyping import install_import_hook
 
-from tracin.scoring import order, passes, plan, top_k
+SOURCE = Path(__file__).resolve().parent.parent / "src"
+
+
+def modules_with_shapes() -> list[str]:
+    """The modules whose annotations have shapes. Plain types are the type checker's, and checking them takes half of a test."""
+    paths = [path for path in SOURCE.rglob("*.py") if "from tracin.shapes import" in path.read_text("utf-8")]
+    return [".".join(path.relative_to(SOURCE).with_suffix("").parts) for path in paths]
+
+
+# Before anything imports them.
+install_import_hook(modules_with_shapes(), "beartype.beartype")
 
 # Small models run faster on one thread, and the workers share the cores.
 torch.set_num_threads(1)
@@ -26,11 +39,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def smallest_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Queries are held one batch at a time, as in a run whose memory is nearly full."""
-    for module in (passes, plan, top_k):
-        monkeypatch.setattr(module, "query_budget", lambda *_: 0)
+    for module in ("passes", "plan", "top_k"):
+        monkeypatch.setattr(f"tracin.scoring.{module}.query_budget", lambda *_: 0)
 
 
 @pytest.fixture
 def read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that a dataset makes are made anew for each checkpoint, as where memory keeps neither them nor parameters."""
-    monkeypatch.setattr(order, "order_of", lambda **_: order.Order("checkpoints", 0, 1))
+    from tracin.scoring.order import Order  # noqa: PLC0415  not before the hook
+
+    monkeypatch.setattr("tracin.scoring.order.order_of", lambda **_: Order("checkpoints", 0, 1))
