@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import settings
-from jaxtyping import install_import_hook
 
 SOURCE = Path(__file__).resolve().parent.parent / "src"
 
@@ -19,7 +20,7 @@ def modules_with_shapes() -> list[str]:
 
 
 # Before anything imports them.
-install_import_hook(modules_with_shapes(), "beartype.beartype")
+jaxtyping.install_import_hook(modules_with_shapes(), "beartype.beartype")
 
 # Small models run faster on one thread, and the workers share the cores.
 torch.set_num_threads(1)
@@ -34,6 +35,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs an accelerator"))
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """As for a user: no check of annotations before our own messages come up, and none that draws from ``random``."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

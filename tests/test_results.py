@@ -6,12 +6,11 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given
@@ -227,14 +226,6 @@ BAD = {
     "provenance": (lambda: SelfInfluence(ONES[0], IDS, {"device": object()}), r"provenance\['device'\]"),
     "provenance list": (lambda: SelfInfluence(ONES[0], IDS, ["cp"]), "provenance is a list"),
 }
-
-
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    """As for a user: without the types that the tests check before our own messages come up."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,14 +25,6 @@ from tracin.gradients.projection import KINDS, ParameterProjection, Projection, 
 from tracin.gradients.signs import Signs, key_of
 
 kinds = pytest.mark.parametrize("kind", KINDS)
-
-
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    """Without checked annotations: many draws, and what a user's call without them would do."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def written_out(p: ParameterProjection) -> Tensor:

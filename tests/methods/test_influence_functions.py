@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from torch import Tensor, nn
@@ -323,14 +322,6 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"seed": 1.5}, "seed is 1.5"),
     ({"memory": "much"}, "memory is 'much'"),
 ]
-
-
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    """Users have no type checks at run time, so wrong types reach our own."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.usefixtures("unchecked")

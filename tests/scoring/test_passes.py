@@ -79,7 +79,10 @@ def test_normalize_takes_one_rate_per_checkpoint() -> None:
 
 
 class Counted(Dataset):
-    """Rows that count how often each is read in a batch of its own place."""
+    """Rows that count how often each is read in a batch of its own place.
+
+    Tests of it are ``unchecked``: where ``random`` is drawn from, what was read ahead is read again.
+    """
 
     def __init__(self, n: int, seed: int) -> None:
         self.x, self.y = rows(n, seed)
@@ -101,6 +104,7 @@ class Counted(Dataset):
         return found.pop()
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_rows_that_fit_in_memory_are_made_once() -> None:
     train, queries = Counted(N, 1), Counted(3 * M, 2)
     method().influence(train, queries)
@@ -110,7 +114,7 @@ def test_rows_that_fit_in_memory_are_made_once() -> None:
     assert train.passes() == 1
 
 
-@pytest.mark.usefixtures("read_again")
+@pytest.mark.usefixtures("unchecked", "read_again")
 @pytest.mark.parametrize("small", [False, True])
 def test_passes_are_as_many_as_planned(small: bool, request: pytest.FixtureRequest) -> None:
     if small:
@@ -131,7 +135,7 @@ def test_passes_are_as_many_as_planned(small: bool, request: pytest.FixtureReque
         )
 
 
-@pytest.mark.usefixtures("read_again")
+@pytest.mark.usefixtures("unchecked", "read_again")
 def test_self_influence_reads_once_per_checkpoint() -> None:
     train = Counted(N, 1)
     method().self_influence(train)

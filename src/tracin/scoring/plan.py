@@ -261,9 +261,10 @@ class _Planning:
         return self._told(parts, fixed + passes * step.per_row * self.n + extra, passes, routes)
 
     def _explain(self, tensors: int) -> None:
-        """What these batches took beyond their tensors."""
+        """What loading and these batches took beyond their tensors."""
         if self._told_by_kernel:
-            self.unexplained = max(self.unexplained, self.resident.growth - tensors)
+            held_at_once = max(tensors, self.first.peak)
+            self.unexplained = max(self.unexplained, self.resident.growth - held_at_once)
 
     def _routes(self, found: Any) -> tuple[Route, ...]:
         plain = compared(self.run, found)
