@@ -193,6 +193,14 @@ class Outer(Block):
                 out[:, o * i :].mul_(self.bias)
         return out
 
+    def pieces(self) -> tuple[Tensor, ...]:
+        """``materialise`` in columns that stand one after the other: of several uses the weight's and the bias's apart."""
+        n, t, i = self.a.shape
+        if t == 1 or self.bias is None:
+            return (self.materialise(),)
+        # A batched product whose results do not lie side by side goes row by row, in up to twice the time.
+        return torch.bmm(self.d.mT, self.a).view(n, self.d.shape[2] * i), self.d.sum(1) * self.bias
+
     def total(self) -> Float[Tensor, " p"]:
         a, d = self.a.flatten(0, 1), self.d.flatten(0, 1)
         weight = (d.mT @ a).reshape(-1)
@@ -387,8 +395,9 @@ def _total_in_tiles(block: Block) -> Float[Tensor, " p"]:
 
 
 def _squared_norm_in_tiles(block: Block) -> Float[Tensor, " n"]:
-    parts = [
-        torch.linalg.vector_norm(block.rows(start, stop).materialise(), dim=1).square()
-        for start, stop in tiles(len(block), block.size)
-    ]
+    parts = []
+    for start, stop in tiles(len(block), block.size):
+        part = block.rows(start, stop)
+        pieces = part.pieces() if isinstance(part, Outer) else (part.materialise(),)
+        parts.append(sum(torch.linalg.vector_norm(piece, dim=1).square() for piece in pieces))
     return torch.cat(parts)

@@ -52,11 +52,20 @@ def dot(train: Block, queries: Block) -> Float[Tensor, "n m"]:
     if isinstance(train, Rows) and isinstance(queries, Dense) and train.index.shape[1] < train.length:
         return _dot_gathered(train, queries)
     other = queries.materialise().mT
-    parts = [
-        _product(train.rows(start, stop).materialise(), other)
-        for start, stop in tiles(len(train), train.size)
-    ]
+    parts = [_multiplied_out(train.rows(*span), other) for span in tiles(len(train), train.size)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _multiplied_out(train: Block, queries: Float[Tensor, "p m"]) -> Float[Tensor, "n m"]:
+    """Each example's gradient, piece by piece, times the queries'."""
+    if not isinstance(train, Outer):
+        return _product(train.materialise(), queries)
+    first, *more = train.pieces()
+    out, at = _product(first, queries[: first.shape[1]]), first.shape[1]
+    for piece in more:
+        out = out.addmm_(piece, queries[at : at + piece.shape[1]])
+        at += piece.shape[1]
+    return out
 
 
 def _product(left: Float[Tensor, "n p"], right: Float[Tensor, "p m"]) -> Float[Tensor, "n m"]:

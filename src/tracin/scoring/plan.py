@@ -4,7 +4,7 @@ The first checkpoint is loaded, the first batch of each side is checked as the r
 each side is run twice: once with the allocator watched, once with a clock. What grows with rows, queries and checkpoints is
 then added up as the verbs hold it:
 
-    influence        max(loading, Q + a query batch, Q + a train batch) + result
+    influence        max(loading, Q + a query batch + its largest block, Q + a train batch) + result
     top_k            max(loading, Q of all checkpoints + a train batch + a tile of scores and of rows)
     self_influence   max(loading, a train batch) + result
 
@@ -295,8 +295,9 @@ class _Planning:
     ) -> tuple[dict[str, int], float]:
         run = self.run
         result = sizes_of(run, "influence").result
-        joined = max(asked.peak, largest, self.checks[0].peak)
-        batch = max(step.peak, self.checks[-1].peak, joined)
+        # Batches are joined while the process still holds what they freed.
+        joined = asked.peak + largest
+        batch = max(step.peak, joined, *(check.peak for check in self.checks))
         parts = {"scores": result, "held queries": holding, "a batch": batch}
         return {**parts, "rows kept": self._kept_rows(*run.sources())}, 0.0
 
