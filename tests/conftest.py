@@ -50,11 +50,3 @@ def smallest_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Queries are held one batch at a time, as in a run whose memory is nearly full."""
     for module in ("passes", "plan", "top_k"):
         monkeypatch.setattr(f"tracin.scoring.{module}.query_budget", lambda *_: 0)
-
-
-@pytest.fixture
-def read_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that a dataset makes are made anew for each checkpoint, as where memory keeps neither them nor parameters."""
-    from tracin.scoring.order import Order  # noqa: PLC0415  not before the hook
-
-    monkeypatch.setattr("tracin.scoring.order.order_of", lambda **_: Order("checkpoints", 0, 1))

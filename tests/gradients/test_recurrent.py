@@ -144,10 +144,11 @@ def test_what_is_not_unrolled() -> None:
     assert not recurrent.repeatable(layer.eval(), tape.calls[""][0])
 
 
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
-def test_under_autocast(kind: str) -> None:
+def test_under_autocast(kind: str, given: torch.dtype) -> None:
     layer = build(lambda: LAYERS[kind](INPUT, HIDDEN)).float()
-    x, delta = normal(5, 6, INPUT, seed=1).float(), normal(5, 6, HIDDEN, seed=2).float()
+    x, delta = normal(5, 6, INPUT, seed=1).to(given), normal(5, 6, HIDDEN, seed=2).float()
     with torch.autocast("cpu", torch.bfloat16):
         try:
             layer(x)

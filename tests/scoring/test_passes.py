@@ -16,7 +16,7 @@ from scoring.common import RATES, M, N, method, net, rows, run, task, trajectory
 from tracin.errors import DataError, NotFiniteError, OptionError
 from tracin.gradients.blocks import Dense, Outer
 from tracin.progress import Progress
-from tracin.scoring import passes
+from tracin.scoring import order, passes
 from tracin.scoring.passes import hold_queries, influence, self_influence
 
 
@@ -76,6 +76,12 @@ def test_normalize_takes_one_rate_per_checkpoint() -> None:
         OptionError, match="one learning rate per checkpoint; checkpoint at step 0 has several"
     ):
         chosen.influence(rows(N, 1), rows(M, 2))
+
+
+@pytest.fixture
+def read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that a dataset makes are made anew for each checkpoint, as where memory keeps neither them nor parameters."""
+    monkeypatch.setattr(order, "order_of", lambda **_: order.Order("checkpoints", 0, 1))
 
 
 class Counted(Dataset):

@@ -37,49 +37,44 @@ class Block(ABC):
     @abstractmethod
     def __len__(self) -> int:
         """Number of examples n."""
-        ...
 
     @property
     @abstractmethod
     def nbytes(self) -> int:
         """Memory that the block holds."""
-        ...
 
     @property
     @abstractmethod
     def size(self) -> int:
         """Number of parameters p."""
-        ...
 
     @abstractmethod
     def squared_norm(self) -> Tensor:
         """The squared norm of each example's gradient, [n]."""
-        ...
 
     @abstractmethod
     def materialise(self) -> Tensor:
         """Multiplied out, [n, p]; the weight's entries first, then the bias's."""
-        ...
 
     @abstractmethod
     def total(self) -> Tensor:
         """The sum over examples, [p]."""
-        ...
 
     @abstractmethod
     def scaled(self, rates: Sequence[float]) -> Block:
         """Each parameter's gradient times its rate (one rate per parameter that the block holds)."""
-        ...
 
     @abstractmethod
     def weighted(self, weights: Tensor) -> Block:
         """Each example's gradient times its weight, weights [n]."""
-        ...
 
     @abstractmethod
     def rows(self, start: int, stop: int) -> Block:
         """Examples ``start`` to ``stop``."""
-        ...
+
+    def pieces(self) -> tuple[Tensor, ...]:
+        """``materialise`` in columns that follow one another, where they are made faster apart."""
+        return (self.materialise(),)
 
 
 def _bytes(*tensors: Tensor) -> int:
@@ -194,10 +189,9 @@ class Outer(Block):
         return out
 
     def pieces(self) -> tuple[Tensor, ...]:
-        """``materialise`` in columns that stand one after the other: of several uses the weight's and the bias's apart."""
         n, t, i = self.a.shape
         if t == 1 or self.bias is None:
-            return (self.materialise(),)
+            return super().pieces()
         # A batched product whose results do not lie side by side goes row by row, in up to twice the time.
         return torch.bmm(self.d.mT, self.a).view(n, self.d.shape[2] * i), self.d.sum(1) * self.bias
 
@@ -397,7 +391,6 @@ def _total_in_tiles(block: Block) -> Float[Tensor, " p"]:
 def _squared_norm_in_tiles(block: Block) -> Float[Tensor, " n"]:
     parts = []
     for start, stop in tiles(len(block), block.size):
-        part = block.rows(start, stop)
-        pieces = part.pieces() if isinstance(part, Outer) else (part.materialise(),)
+        pieces = block.rows(start, stop).pieces()
         parts.append(sum(torch.linalg.vector_norm(piece, dim=1).square() for piece in pieces))
     return torch.cat(parts)

@@ -58,8 +58,6 @@ def dot(train: Block, queries: Block) -> Float[Tensor, "n m"]:
 
 def _multiplied_out(train: Block, queries: Float[Tensor, "p m"]) -> Float[Tensor, "n m"]:
     """Each example's gradient, piece by piece, times the queries'."""
-    if not isinstance(train, Outer):
-        return _product(train.materialise(), queries)
     first, *more = train.pieces()
     out, at = _product(first, queries[: first.shape[1]]), first.shape[1]
     for piece in more:
