@@ -7,7 +7,7 @@ is the work that any gradient method has to do, and ``reference``, the judge.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from workloads import Rows, Workload, batches
 
-__all__ = ["Call", "plain_pass", "rates", "reference", "vmap_scores"]
+__all__ = ["Call", "in_float32", "plain_pass", "rates", "reference", "vmap_scores"]
 
 
 def rates(workload: Workload) -> list[float]:
@@ -89,17 +89,42 @@ def _flat(gradients: dict[str, Tensor]) -> Tensor:
 def reference(workload: Workload, rows: Sequence[int], queries: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Autograd in float64, one row at a time: scores [len(queries), len(rows)] and the rows' self-influence."""
     model = copy.deepcopy(workload.model).double()
-    parameters = list(model.parameters())
 
     def gradients(side: Rows, positions: Sequence[int]) -> Tensor:
-        out = []
-        for at in positions:
-            row = tuple(leaf[at : at + 1] for leaf in side)
-            row = tuple(leaf.double() if leaf.is_floating_point() else leaf for leaf in row)
-            found = torch.autograd.grad(workload.case.loss(model, row).sum(), parameters)
-            out.append(torch.cat([part.flatten() for part in found]))
-        return torch.stack(out)
+        rows = [tuple(_wide(leaf[at : at + 1]) for leaf in side) for at in positions]
+        return torch.stack([_by_autograd(workload, model, row)[0] for row in rows])
 
+    return _scores(workload, model, gradients, rows, queries)
+
+
+def in_float32(workload: Workload, rows: Sequence[int], queries: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The same by autograd in the model's own precision, all rows in one batch: what rounding alone makes of it."""
+    model = copy.deepcopy(workload.model)
+
+    def gradients(side: Rows, positions: Sequence[int]) -> Tensor:
+        return _by_autograd(workload, model, tuple(leaf[list(positions)] for leaf in side))
+
+    return _scores(workload, model, gradients, rows, queries)
+
+
+def _wide(leaf: Tensor) -> Tensor:
+    return leaf.double() if leaf.is_floating_point() else leaf
+
+
+def _by_autograd(workload: Workload, model: nn.Module, batch: Rows) -> Tensor:
+    """Each row's gradient of its own loss, [n, p] in float64."""
+    losses, parameters = workload.case.loss(model, batch), list(model.parameters())
+    found = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses]
+    return torch.stack([torch.cat([part.flatten() for part in row]) for row in found]).double()
+
+
+def _scores(
+    workload: Workload,
+    model: nn.Module,
+    gradients: Callable[[Rows, Sequence[int]], Tensor],
+    rows: Sequence[int],
+    queries: Sequence[int],
+) -> tuple[Tensor, Tensor]:
     scores = torch.zeros(len(queries), len(rows), dtype=torch.float64)
     own = torch.zeros(len(rows), dtype=torch.float64)
     for checkpoint, rate in zip(workload.trajectory, rates(workload), strict=True):

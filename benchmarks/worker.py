@@ -66,11 +66,12 @@ def relative(found: Tensor, truth: Tensor) -> float:
     return float((found.double() - truth).abs().max() / truth.abs().max())
 
 
-def error_of(method: str, workload: Workload, result: Any) -> float | None:
-    """Against float64 autograd, one row at a time, on a few rows and queries."""
-    if method == "pass":
-        return None
+def error_of(method: str, workload: Workload, result: Any) -> float:
+    """Against float64 autograd, one row at a time, on a few rows and queries; of the pass, that of float32 autograd."""
     rows, asked = positions(workload)
+    if method == "pass":
+        own = peers.in_float32(workload, rows, asked)
+        return max(map(relative, own, peers.reference(workload, rows, asked)))
     if method == "top_k":
         ids = result.proponents.ids[asked[0]].tolist()
         return relative(result.proponents.values[asked[0]], peers.reference(workload, ids, asked[:1])[0][0])

@@ -57,6 +57,8 @@ def test_ours_is_measured_in_its_own_process() -> None:
     assert (plain.label, ours.label) == ("pass", "influence")
     assert ours.error is not None
     assert ours.error < 1e-5
+    assert plain.error is not None
+    assert 0 < plain.error < 1e-5
     assert ours.peak is not None
     assert ours.peak > 0
     assert len(ours.ratios) == len(plain.ratios) == 1
@@ -102,6 +104,13 @@ def test_wrong_scores_are_marked() -> None:
     assert "1.0e-02 (wrong)" in page
     assert "| captum TracInCP, per-sample mode | 4.50 † |" in page
     assert "3.00× as fast as captum" in page
+
+
+@pytest.mark.parametrize(("error", "marked"), [(2e-3, False), (4e-3, True)])
+def test_what_float32_autograd_cannot_do_is_not_called_wrong(error: float, marked: bool) -> None:
+    plain = measure.Measured("pass", [1.0], [1.0], peak=0, error=1e-3)
+    page = table.markdown([result_of(plain, measure.Measured("vmap", [1.0], [1.5], peak=0, error=error))])
+    assert ("(wrong)" in page) == ("1.50 †" in page) == marked
 
 
 @pytest.mark.parametrize("stride", [1, 2])

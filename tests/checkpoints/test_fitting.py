@@ -179,6 +179,17 @@ def test_an_infinite_buffer_is_no_diverged_parameter() -> None:
     assert fit(Checkpoint(model.state_dict()), model)["mask"][1] == -torch.inf
 
 
+def test_a_sum_that_overflows_is_no_diverged_parameter() -> None:
+    weight = torch.full((1, 4), 3e38)
+    assert torch.equal(fit(Checkpoint({"weight": weight}), nn.Linear(4, 1, bias=False))["weight"], weight)
+
+
+def test_infinities_of_both_signs_do_not_cancel() -> None:
+    weight = torch.tensor([[torch.inf, -torch.inf]])
+    with pytest.raises(CheckpointError, match="has a NaN or an infinity"):
+        fit(Checkpoint({"weight": weight}), nn.Linear(2, 1, bias=False))
+
+
 class WithExtraState(nn.Linear):
     def get_extra_state(self) -> dict[str, int]:
         return {"scale": 2}

@@ -81,7 +81,8 @@ def _check(checkpoint: Checkpoint, name: str, own: Tensor, value: Tensor, *, fin
             f"{checkpoint.name}: {name!r} is {own.dtype}, which the model's {value.dtype} cannot hold without loss. "
             f"Convert the model, model.to({own.dtype}), or save the checkpoint in {value.dtype}."
         )
-    if finite and not bool(torch.isfinite(own).all()):
+    # One NaN or infinity shows in the sum, which is cheaper than a look at each; so may an overflow, which the look clears.
+    if finite and not (bool(torch.isfinite(own.sum())) or bool(torch.isfinite(own).all())):
         raise CheckpointError(
             f"{checkpoint.name}: parameter {name!r} has a NaN or an infinity: training had diverged by then. "
             "Leave this checkpoint out."

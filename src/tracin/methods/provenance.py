@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -54,7 +55,13 @@ def provenance(run: Run, *, method: str, verb: str, scale: str, seed: int | None
 def versions() -> dict[str, str]:
     """The versions of what computes the numbers."""
     return {
-        "tracin": version("tracin"),
+        "tracin": _installed(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+@cache
+def _installed() -> str:
+    """Read from disk, once."""
+    return version("tracin")
