@@ -65,9 +65,9 @@ def test_a_rate_of_zero_takes_its_checkpoint_out(case: Case) -> None:
 
 
 @some
-@pytest.mark.parametrize("memory", ["2GiB", 12_000])
+@pytest.mark.parametrize("memory", ["2GiB", 16_000])
 def test_batches_that_go_by_the_model(case: Case, memory: Any) -> None:
-    """Under a bound of 12,000 bytes the batches have a few rows, else all rows fit into the first."""
+    """Under a bound of 16,000 bytes the batches have a few rows, else all rows fit into the first."""
     run = Run(case)
     found = run.ask("influence", run.train, run.queries, batch_size="auto", memory=memory)
     oracle.assert_close(found.values, truth(case.name).scores, 1e-10)

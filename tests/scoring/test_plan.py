@@ -60,7 +60,7 @@ def test_passes_are_those_of_the_run(
     verb: Any, batch_size: Any, memory: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tiles are whole batches of queries, of which the first is short."""
-    monkeypatch.setattr(run_module, "batch_rows", lambda *_: (3, 8))
+    monkeypatch.setattr(run_module, "batch_rows", lambda *_, **__: (3, 8))
     train, queries = rows(23, 1), rows(37, 2)
     passes: Counter[str] = Counter()
     read = run_module.Run.read

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 import tracin
 from scoring.common import RATES, M, N, method, net, rows, run, task, trajectory
@@ -129,14 +129,16 @@ def test_products_add_over_parameters_and_skip_what_one_side_lacks() -> None:
     memory=st.integers(1, 1 << 40),
     queries=st.integers(0, 1 << 40),
     tensor=st.integers(1, 1 << 34),
+    scores=st.integers(1, 1 << 34),
 )
 def test_rows_of_a_batch_stay_within_the_memory(
-    row_bytes: int, memory: int, queries: int, tensor: int
+    row_bytes: int, memory: int, queries: int, tensor: int, scores: int
 ) -> None:
-    first, rest = batch_rows(row_bytes, memory, queries, tensor)
-    assert 1 <= first <= rest <= 512
+    first, rest = batch_rows(row_bytes, memory, queries, tensor, scores)
+    assert 1 <= first <= rest <= 2048
+    assert rest <= 150 or rest * scores < 32 << 20
     assert rest == 1 or (rest * row_bytes <= memory // 5 and rest * tensor < 32 << 20)
-    assert batch_rows(row_bytes, memory, 0, tensor)[1] <= rest
+    assert batch_rows(row_bytes, memory, 0, tensor, scores)[1] <= rest
 
 
 def test_the_batches_go_by_what_the_model_keeps() -> None:
@@ -145,9 +147,31 @@ def test_the_batches_go_by_what_the_model_keeps() -> None:
         model = nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 2))
         task = tracin.Task(model, tracin.losses.cross_entropy)
         trajectory = tracin.Trajectory([tracin.Checkpoint(model.state_dict(), learning_rate=0.1)])
-        rows = (torch.randn(700, 3), torch.zeros(700, dtype=torch.int64))
+        rows = (torch.randn(2200, 3), torch.zeros(2200, dtype=torch.int64))
         with opened(task, trajectory, Settings(device="cpu", progress=False), rows, rows) as run:
             run.load(0)
             assert run.train.rows.sizes == run.asked.rows.sizes
             sizes[width] = run.train.rows.sizes
-    assert sizes == {4: [64, 512, 124], 20_000: [64, 314, 314, 8]}
+    assert sizes == {4: [64, 2048, 88], 20_000: [64, *[314] * 6, 252]}
+
+
+class Handmade(nn.Module):
+    """A linear layer without a rule: its gradients are multiplied out, and the graph keeps little of a row."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(width, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.w
+
+
+def test_the_batches_go_by_the_gradients_that_are_multiplied_out() -> None:
+    model = Handmade(1 << 18)
+    task = tracin.Task(model, tracin.losses.cross_entropy)
+    trajectory = tracin.Trajectory([tracin.Checkpoint(model.state_dict(), learning_rate=0.1)])
+    rows = (torch.randn(1, 1 << 18).expand(60, -1), torch.zeros(60, dtype=torch.int64))
+    with opened(task, trajectory, Settings(device="cpu", progress=False, memory=200 << 20), rows) as run:
+        run.load(0)
+        assert run.train.wiring.route("w").startswith("vmap")
+        assert 30 << 20 < max(run.train.rows.sizes) * (8 << 18) <= 40 << 20

@@ -95,8 +95,8 @@ class Wiring:
     """Routes of one loss over one data source.
 
     ``plain_rows`` says that every tensor of a batch has one entry per row on its row axis, ``dtype`` is the least precise
-    dtype of the arithmetic that was seen, ``row_bytes`` what one more row adds to the graph's tensors, ``row_tensor`` to the
-    largest of them.
+    dtype of the arithmetic that was seen, ``row_bytes`` what one more row adds to the graph's tensors and to the gradients that
+    no rule keeps as factors, ``row_tensor`` to the largest tensor of the graph.
     """
 
     rules: dict[str, RuleSite]

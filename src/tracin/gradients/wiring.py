@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tracin.gradients.agreement import relative_error, tolerance
+from tracin.gradients.agreement import accumulation_dtype, relative_error, tolerance
 from tracin.gradients.probe import Probe, probe_rows, site_layouts
 from tracin.gradients.rules import rule_for
 from tracin.gradients.sites import LOSS, LocalSite, LossModule, RuleSite, Wiring, local_estimates, rule_blocks
@@ -187,6 +187,10 @@ def _plain_rows(probe: Probe) -> bool:
     return layouts is not None and all(lay is None or lay.per_row == 1 for c in layouts for lay in c.inputs)
 
 
+def _gradient_bytes(parameter: Tensor) -> int:
+    return parameter.numel() * accumulation_dtype(parameter.dtype).itemsize
+
+
 def wire(
     root: LossModule,
     traced: Mapping[str, nn.Parameter],
@@ -264,6 +268,8 @@ def wire(
         holders = [s.site for s in kept.values() for owned in s.roles.values() if owned == name]
         holders += [p.site for p in placed.values() if name in p.names]
         uses[name] = (probe.graph.uses(name), sum(len(probe.few.calls[site]) for site in holders))
+    # On these routes a row's gradient is multiplied out, whatever the graph keeps of the row.
+    multiplied = [*joined, *by_row, *(name for place in placed.values() for name in place.names)]
     return Wiring(
         rules=kept,
         shared=joined,
@@ -275,7 +281,7 @@ def wire(
         movers=probe.movers,
         plain_rows=_plain_rows(probe),
         dtype=probe.dtype,
-        row_bytes=probe.row_bytes,
+        row_bytes=probe.row_bytes + sum(_gradient_bytes(traced[name]) for name in multiplied),
         row_tensor=probe.row_tensor,
         reasons={
             name: text

@@ -7,7 +7,7 @@ gradients, tiles of scores, and the tensors of one batch. Queries are held in ti
              4·q·k numbers of lists                      (top_k)
              n numbers                                   (self_influence)
              g·n numbers                                 (aggregate, for g groups)
-    batch    what the graph keeps of a row · the rows of the largest batch
+    batch    what the graph keeps of a row, and its gradients that no rule keeps as factors · the rows of the largest batch
 
 Batches whose size was left to us are shortened to what the result leaves, so that only a row has to fit beside it.
 """

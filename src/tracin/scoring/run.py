@@ -83,31 +83,36 @@ def parse_memory(memory: str | int) -> int:
 
 
 # Under batch_size="auto", as `python benchmarks/batches.py` found it on two CPU cores: a batch gains from more rows until
-# its tensors leave the caches, and up to 150 rows even beyond. Every batch reads the queries' gradients once, so where
-# those are large it should not be small beside them. No tensor should reach 32 MiB, from where on glibc asks the system for
-# every block anew. The first batch is short: it is checked against autograd, which costs several passes over it.
+# its tensors, the scores among them, leave the caches, and up to 150 rows even beyond. Every batch reads the queries'
+# gradients once, so where those are large it should not be small beside them. No tensor of the graph should reach 32 MiB,
+# from where on glibc asks the system for every block anew. The first batch is short: it is checked against autograd, which
+# costs several passes over it.
 CACHED_BYTES, BATCH_BYTES, TENSOR_BYTES = 48 << 20, 384 << 20, 31 << 20
-MOST_ROWS, ENOUGH_ROWS, FEWEST_CHECKED, MOST_CHECKED = 512, 150, 8, 64
+MOST_ROWS, ENOUGH_ROWS, FEWEST_CHECKED, MOST_CHECKED = 2048, 150, 8, 64
 
 
-def batch_rows(row_bytes: int, memory: int, queries: int = 0, tensor: int = 1) -> tuple[int, int]:
+def batch_rows(
+    row_bytes: int, memory: int, queries: int = 0, tensor: int = 1, scores: int = 1
+) -> tuple[int, int]:
     """Rows of the first batch and of the others, where the user left it to us.
 
     Args:
-        row_bytes: What the graph of one row holds.
+        row_bytes: What a batch holds of one row: the graph, and gradients that are multiplied out.
         memory: The bound that the user gave, of which a batch may take a fifth.
         queries: Bytes of the queries' gradients, multiplied out.
-        tensor: What one row adds to the largest tensor.
+        tensor: What one row adds to the graph's largest tensor.
+        scores: Bytes of one row's scores.
 
     Returns:
         The two sizes.
 
     Example:
         >>> batch_rows(3_000, 2 << 30), batch_rows(1 << 20, 2 << 30), batch_rows(40 << 20, 2 << 30, 220 << 20)
-        ((64, 512), (37, 150), (8, 10))
+        ((64, 2048), (37, 150), (8, 10))
     """
     affordable = max(1, min(max(BATCH_BYTES, 2 * queries), memory // 5) // row_bytes)
-    rows = min(MOST_ROWS, affordable, max(ENOUGH_ROWS, CACHED_BYTES // row_bytes))
+    cached = min(CACHED_BYTES // row_bytes, TENSOR_BYTES // scores)
+    rows = min(MOST_ROWS, affordable, max(ENOUGH_ROWS, cached))
     rows = min(rows, max(1, TENSOR_BYTES // tensor))
     return min(rows, max(FEWEST_CHECKED, min(MOST_CHECKED, rows // 4))), rows
 
@@ -203,12 +208,12 @@ class Run:
             else:
                 self._wire(self.queries)
 
-        queries = 0 if self.queries is None else len(self.queries.rows) * self.size * self.dtype.itemsize
+        scores = 0 if self.queries is None else len(self.queries.rows) * self.dtype.itemsize
         for source in self.sources():
             wiring = source.wiring
             if wiring.row_bytes:
-                first, rest = batch_rows(wiring.row_bytes, self.settings.memory, queries, wiring.row_tensor)
-                source.rows.resize(first, rest)
+                sizes = {"queries": scores * self.size, "tensor": wiring.row_tensor, "scores": max(1, scores)}
+                source.rows.resize(*batch_rows(wiring.row_bytes, self.settings.memory, **sizes))
 
     def _wire(self, source: Source) -> None:
         n = len(source.rows)
