@@ -47,6 +47,25 @@ def method(**options: Any) -> tracin.TracInCP:
     )
 
 
+class Handmade(nn.Module):
+    """A linear layer without a rule: its gradients are multiplied out, and the graph keeps little of a row."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(width, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.w
+
+
+def handmade(width: int, n: int) -> tuple[tracin.Task, tracin.Trajectory, tuple[Tensor, Tensor]]:
+    """Such a layer, a checkpoint of it, and n rows; a row's gradient takes 8·width bytes."""
+    model = Handmade(width)
+    states = tracin.Trajectory([tracin.Checkpoint(model.state_dict(), learning_rate=0.1)])
+    x = torch.linspace(-1e-3, 1e-3, width)[None].expand(n, -1)
+    return task(model), states, (x, torch.zeros(n, dtype=torch.int64))
+
+
 @contextmanager
 def run(
     train: Any = None, queries: Any = None, asked: tracin.Task | None = None, **options: Any

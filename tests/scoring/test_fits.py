@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import tracin
-from scoring.common import M, N, method, rows
+from scoring.common import M, N, handmade, method, rows
 from tracin.errors import MemoryLimitError
 from tracin.scoring.memory import watched
 
@@ -49,6 +49,13 @@ def test_a_batch_that_does_not_fit_is_refused() -> None:
     assert smaller is not None
     found = method(memory="100KiB", batch_size=int(smaller.group(1))).self_influence(large)
     assert len(found.values) == 5500
+
+
+def test_gradients_that_are_multiplied_out_count() -> None:
+    asked, states, data = handmade(1 << 18, 60)
+    chosen = tracin.TracInCP(asked, states, memory="100MiB", batch_size=60, device="cpu", progress=False)
+    with pytest.raises(MemoryLimitError, match=r"a batch of 60 rows takes about 120 MiB.* batch_size=32"):
+        chosen.self_influence(data)
 
 
 def test_nothing_is_computed_before_the_refusal() -> None:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 import tracin
-from scoring.common import RATES, M, N, method, net, rows, run, task, trajectory
+from scoring.common import RATES, M, N, handmade, method, net, rows, run, task, trajectory
 from tracin.errors import OptionError, RateError
 from tracin.gradients.blocks import Dense
 from tracin.scoring import run as module
@@ -155,23 +155,9 @@ def test_the_batches_go_by_what_the_model_keeps() -> None:
     assert sizes == {4: [64, 2048, 88], 20_000: [64, *[314] * 6, 252]}
 
 
-class Handmade(nn.Module):
-    """A linear layer without a rule: its gradients are multiplied out, and the graph keeps little of a row."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(width, 2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.w
-
-
 def test_the_batches_go_by_the_gradients_that_are_multiplied_out() -> None:
-    model = Handmade(1 << 18)
-    task = tracin.Task(model, tracin.losses.cross_entropy)
-    trajectory = tracin.Trajectory([tracin.Checkpoint(model.state_dict(), learning_rate=0.1)])
-    rows = (torch.randn(1, 1 << 18).expand(60, -1), torch.zeros(60, dtype=torch.int64))
-    with opened(task, trajectory, Settings(device="cpu", progress=False, memory=200 << 20), rows) as run:
+    asked, states, data = handmade(1 << 18, 60)
+    with opened(asked, states, Settings(device="cpu", progress=False, memory=200 << 20), data) as run:
         run.load(0)
         assert run.train.wiring.route("w").startswith("vmap")
         assert 30 << 20 < max(run.train.rows.sizes) * (8 << 18) <= 40 << 20
