@@ -126,7 +126,9 @@ def markdown(results: list[dict[str, Any]], options: argparse.Namespace) -> str:
             f"{options.rounds} rounds in one process, each to the pass of its round. The error: from the class means of all "
             "single scores, over the largest. *By arithmetic*: the pass's multiply-adds and those of each train row with each of "
             "the 10 summed gradients (in linear layers with their members' factors, where that is less), over the pass's; "
-            "where the pass is little more than one product per parameter and row, ten more cannot be had for a small part of it."
+            "where the pass is little more than one product per parameter and row, ten more cannot be had for a small part of "
+            "it. A row's own gradient of a convolution counts there like the pass's ordinary one; what it costs more is in "
+            "[the profile](speed-profile.md)."
         ),
         "",
         "| model | pass, s | `aggregate`, × pass | range | by arithmetic | `influence` on every row, × pass | error |",

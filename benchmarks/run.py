@@ -35,6 +35,7 @@ from workloads import FASHION, FIRST, NAMES, build
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs" / "results"
 METHODS = (*OURS, *PEERS)
+PROFILED = (*FIRST, "gpt-wide")
 
 
 def parsed() -> argparse.Namespace:
@@ -65,7 +66,10 @@ def parsed() -> argparse.Namespace:
         "--write-docs", action="store_true", help="write docs/results/speed.md, or speed-profile.md"
     )
     parser.add_argument(
-        "--profile", choices=("all", *NAMES), metavar="MODEL", help="our stages for a model, or for all four"
+        "--profile",
+        choices=("all", *NAMES),
+        metavar="MODEL",
+        help=f"our stages for a model, or all of {', '.join(PROFILED)}",
     )
     parser.add_argument("--verb", choices=OURS, default="influence", help="what to profile (influence)")
     parser.add_argument("--inside", choices=NAMES, help=argparse.SUPPRESS)
@@ -137,7 +141,7 @@ def profile_apart(options: argparse.Namespace, name: str) -> dict:
 
 def profiles(options: argparse.Namespace) -> None:
     found = []
-    for name in FIRST if options.profile == "all" else [options.profile]:
+    for name in PROFILED if options.profile == "all" else [options.profile]:
         found.append(profile_apart(options, name))
         print("\n".join(found[-1]["lines"]), end="\n\n", flush=True)
     if options.write_docs:

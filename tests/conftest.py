@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,8 +23,9 @@ def modules_with_shapes() -> list[str]:
 # Before anything imports them.
 jaxtyping.install_import_hook(modules_with_shapes(), "beartype.beartype")
 
-# Small models run faster on one thread, and the workers share the cores.
+# Small models run faster on one thread, and the workers share the cores; so do the processes that tests start.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 settings.register_profile("tracin", deadline=None, print_blob=True)
 settings.load_profile("tracin")

@@ -88,7 +88,7 @@ def parse_memory(memory: str | int) -> int:
 # from where on glibc asks the system for every block anew. The first batch is short: it is checked against autograd, which
 # costs several passes over it.
 CACHED_BYTES, BATCH_BYTES, TENSOR_BYTES = 48 << 20, 384 << 20, 31 << 20
-MOST_ROWS, ENOUGH_ROWS, FEWEST_CHECKED, MOST_CHECKED = 2048, 150, 8, 64
+MOST_ROWS, ENOUGH_ROWS, FEWEST_CHECKED, MOST_CHECKED = 2048, 150, 4, 64
 
 
 def batch_rows(
@@ -108,7 +108,7 @@ def batch_rows(
 
     Example:
         >>> batch_rows(3_000, 2 << 30), batch_rows(1 << 20, 2 << 30), batch_rows(40 << 20, 2 << 30, 220 << 20)
-        ((64, 2048), (37, 150), (8, 10))
+        ((64, 2048), (37, 150), (4, 10))
     """
     affordable = max(1, min(max(BATCH_BYTES, 2 * queries), memory // 5) // row_bytes)
     cached = min(CACHED_BYTES // row_bytes, TENSOR_BYTES // scores)
