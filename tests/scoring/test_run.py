@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import tracin
 from scoring.common import RATES, M, N, handmade, method, net, rows, run, task, trajectory
@@ -153,6 +154,13 @@ def test_the_batches_go_by_what_the_model_keeps() -> None:
             assert run.train.rows.sizes == run.asked.rows.sizes
             sizes[width] = run.train.rows.sizes
     assert sizes == {4: [64, 2048, 88], 20_000: [64, *[314] * 6, 252]}
+
+
+def test_rows_of_a_dataset_come_in_smaller_batches() -> None:
+    data = TensorDataset(*rows(1200, 1))
+    with run(data, False, batch_size="auto") as found:
+        found.load(0)
+        assert found.train.rows.sizes == [64, 512, 512, 112]
 
 
 def test_the_batches_go_by_the_gradients_that_are_multiplied_out() -> None:

@@ -85,14 +85,15 @@ def parse_memory(memory: str | int) -> int:
 # Under batch_size="auto", as `python benchmarks/batches.py` found it on two CPU cores: a batch gains from more rows until
 # its tensors, the scores among them, leave the caches, and up to 150 rows even beyond. Every batch reads the queries'
 # gradients once, so where those are large it should not be small beside them. No tensor of the graph should reach 32 MiB,
-# from where on glibc asks the system for every block anew. The first batch is short: it is checked against autograd, which
-# costs several passes over it.
+# from where on glibc asks the system for every block anew. Rows that a dataset makes may be padded to the longest of their
+# batch, and are read while the batch before is computed, so that fewer are taken at once. The first batch is short: it is
+# checked against autograd, which costs several passes over it.
 CACHED_BYTES, BATCH_BYTES, TENSOR_BYTES = 48 << 20, 384 << 20, 31 << 20
-MOST_ROWS, ENOUGH_ROWS, FEWEST_CHECKED, MOST_CHECKED = 2048, 150, 4, 64
+MOST_ROWS, MOST_DECODED, ENOUGH_ROWS, FEWEST_CHECKED, MOST_CHECKED = 2048, 512, 150, 4, 64
 
 
 def batch_rows(
-    row_bytes: int, memory: int, queries: int = 0, tensor: int = 1, scores: int = 1
+    row_bytes: int, memory: int, queries: int = 0, tensor: int = 1, scores: int = 1, most: int = MOST_ROWS
 ) -> tuple[int, int]:
     """Rows of the first batch and of the others, where the user left it to us.
 
@@ -102,6 +103,7 @@ def batch_rows(
         queries: Bytes of the queries' gradients, multiplied out.
         tensor: What one row adds to the graph's largest tensor.
         scores: Bytes of one row's scores.
+        most: No more rows than this.
 
     Returns:
         The two sizes.
@@ -112,7 +114,7 @@ def batch_rows(
     """
     affordable = max(1, min(max(BATCH_BYTES, 2 * queries), memory // 5) // row_bytes)
     cached = min(CACHED_BYTES // row_bytes, TENSOR_BYTES // scores)
-    rows = min(MOST_ROWS, affordable, max(ENOUGH_ROWS, cached))
+    rows = min(most, affordable, max(ENOUGH_ROWS, cached))
     rows = min(rows, max(1, TENSOR_BYTES // tensor))
     return min(rows, max(FEWEST_CHECKED, min(MOST_CHECKED, rows // 4))), rows
 
@@ -213,6 +215,7 @@ class Run:
             wiring = source.wiring
             if wiring.row_bytes:
                 sizes = {"queries": scores * self.size, "tensor": wiring.row_tensor, "scores": max(1, scores)}
+                sizes["most"] = MOST_DECODED if source.rows.decodes else MOST_ROWS
                 source.rows.resize(*batch_rows(wiring.row_bytes, self.settings.memory, **sizes))
 
     def _wire(self, source: Source) -> None:
