@@ -91,8 +91,8 @@ def reference(workload: Workload, rows: Sequence[int], queries: Sequence[int]) -
     model = copy.deepcopy(workload.model).double()
 
     def gradients(side: Rows, positions: Sequence[int]) -> Tensor:
-        rows = [tuple(_wide(leaf[at : at + 1]) for leaf in side) for at in positions]
-        return torch.stack([_by_autograd(workload, model, row)[0] for row in rows])
+        found = [tuple(_wide(leaf[at : at + 1]) for leaf in side) for at in positions]
+        return torch.stack([_by_autograd(workload, model, row)[0] for row in found])
 
     return _scores(workload, model, gradients, rows, queries)
 

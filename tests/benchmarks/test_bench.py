@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ sys.path.append(str(FOLDER))
 import floor  # noqa: E402
 import growth  # noqa: E402
 import measure  # noqa: E402
+import profiles  # noqa: E402
 import table  # noqa: E402
 import workloads  # noqa: E402
 
@@ -125,6 +127,32 @@ def test_the_floors_ways_give_each_rows_gradient(stride: int) -> None:
     ]
     for way in (floor.grouped, floor.unfolded):
         assert torch.allclose(way(x, d, module).view(2, 4, 3, 3, 3), torch.stack(truth))
+
+
+@pytest.mark.parametrize(
+    ("name", "ratio", "verdict"),
+    [
+        ("cnn", 1.29, "The aim of 1.3 is met."),
+        ("gpt-wide", 1.39, "The aim of 1.4 is met."),
+        ("gpt-wide", 1.45, "The floor came out above what was reached"),
+        ("cnn", 1.55, "The aim of 1.3 is below this floor"),
+        ("gpt-wide", 1.75, "The aim of 1.4 is below this floor"),
+    ],
+)
+def test_the_profile_says_what_its_floor_of_one_and_a_half_decides(
+    name: str, ratio: float, verdict: str
+) -> None:
+    layer = floor.Layer("1", "Linear", ordinary=0.2, per_row=0.3, products=0.4, way="factors")
+    found = {
+        "verb": "influence",
+        "name": name,
+        "ratio": ratio,
+        "pass": 1.0,
+        "floor_pass": 1.0,
+        "without": 0.8,
+    }
+    found |= {"plain": [("forward", 1, 0.4)], "stages": [("forward", 1, 0.4)], "layers": [asdict(layer)]}
+    assert verdict in profiles.told(found)[-1]
 
 
 def test_the_floor_leaves_the_model_as_it_was(tmp_path: Path) -> None:

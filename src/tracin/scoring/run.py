@@ -83,13 +83,13 @@ def parse_memory(memory: str | int) -> int:
 
 
 # Under batch_size="auto", as `python benchmarks/batches.py` found it on two CPU cores: a batch gains from more rows until
-# its tensors, the scores among them, leave the caches, and up to 150 rows even beyond. Every batch reads the queries'
-# gradients once, so where those are large it should not be small beside them. No tensor of the graph should reach 32 MiB,
-# from where on glibc asks the system for every block anew. Rows that a dataset makes may be padded to the longest of their
-# batch, and are read while the batch before is computed, so that fewer are taken at once. The first batch is short: it is
-# checked against autograd, which costs several passes over it.
+# its tensors leave the caches, and up to 150 rows even beyond. Every batch reads the queries' gradients once, so where those
+# are large it should not be small beside them. No tensor of the graph should reach 32 MiB, from where on glibc asks the
+# system for every block anew; nor, beyond 150 rows, should a batch's scores. Rows that a dataset makes may be padded to the
+# longest of their batch, and are read while the batch before is computed, so that fewer are taken at once. The first batch
+# is short: it is checked against autograd, which costs several passes over it.
 CACHED_BYTES, BATCH_BYTES, TENSOR_BYTES = 48 << 20, 384 << 20, 31 << 20
-MOST_ROWS, MOST_DECODED, ENOUGH_ROWS, FEWEST_CHECKED, MOST_CHECKED = 2048, 512, 150, 4, 64
+MOST_ROWS, MOST_DECODED, ENOUGH_ROWS, FEWEST_CHECKED, MOST_CHECKED = 2048, 512, 150, 8, 64
 
 
 def batch_rows(
@@ -110,7 +110,7 @@ def batch_rows(
 
     Example:
         >>> batch_rows(3_000, 2 << 30), batch_rows(1 << 20, 2 << 30), batch_rows(40 << 20, 2 << 30, 220 << 20)
-        ((64, 2048), (37, 150), (4, 10))
+        ((64, 2048), (37, 150), (8, 10))
     """
     affordable = max(1, min(max(BATCH_BYTES, 2 * queries), memory // 5) // row_bytes)
     cached = min(CACHED_BYTES // row_bytes, TENSOR_BYTES // scores)
@@ -214,9 +214,15 @@ class Run:
         for source in self.sources():
             wiring = source.wiring
             if wiring.row_bytes:
-                sizes = {"queries": scores * self.size, "tensor": wiring.row_tensor, "scores": max(1, scores)}
-                sizes["most"] = MOST_DECODED if source.rows.decodes else MOST_ROWS
-                source.rows.resize(*batch_rows(wiring.row_bytes, self.settings.memory, **sizes))
+                first, rest = batch_rows(
+                    wiring.row_bytes,
+                    self.settings.memory,
+                    queries=scores * self.size,
+                    tensor=wiring.row_tensor,
+                    scores=max(1, scores),
+                    most=MOST_DECODED if source.rows.decodes else MOST_ROWS,
+                )
+                source.rows.resize(first, rest)
 
     def _wire(self, source: Source) -> None:
         n = len(source.rows)
