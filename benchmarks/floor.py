@@ -1,27 +1,30 @@
-"""What no exact method can save: the pass without weight gradients, the gradients per row, and the products.
+"""What no exact method can save, as a program: written by hand for one model with torch alone, apart from the library.
 
-Measured with plain torch on the workload's own tensors, apart from the library. Per layer the cheapest of the known exact
-ways counts: the weight gradient of each row and one matrix product with the queries', or the two factors' products. Norm
-layers and embeddings are not counted, so the true floor is a little higher.
+At each checkpoint it runs the forward pass, the backward pass to the outputs of linear layers and convolutions with every
+parameter frozen, makes each row's weight gradients in the cheapest of the known exact ways (or leaves them as two factors),
+and multiplies with the queries'. Ways are timed on the workload's own tensors, one batch of each layer. Biases, norm layers
+and embeddings are left out, nothing is checked, and rows are taken as they lie, so the true floor is a little higher.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import peers
 import torch
-from measure import timed
 from torch import Tensor, nn
 from workloads import Rows, Workload, batches
 
-__all__ = ["Layer", "floor"]
+__all__ = ["Layer", "Least", "least"]
 
 MOST_PAIRS = 1 << 24
+# The program takes batches as large as the plain pass's, or so many times that, whichever is faster.
+SIZES = (1, 4)
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Site:
     d: Tensor
 
 
-Costs = tuple[float, float, float, str]
+Way = Callable[[Tensor, Tensor, Any], Tensor]
 Timer = Callable[[Callable[[], Any]], float]
 
 
@@ -61,57 +64,6 @@ def seconds_of(run: Callable[[], Any], now: Callable[[], float], repeats: int = 
     return statistics.median(found)
 
 
-def sites_of(workload: Workload, batch: Rows) -> list[Site]:
-    """The linear layers and convolutions, with what flows through them."""
-    inputs: dict[str, tuple[nn.Module, Tensor, Tensor]] = {}
-
-    def keep(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        inputs[name] = (module, args[0].detach(), output)
-
-    handles = [
-        module.register_forward_hook(partial(keep, name))
-        for name, module in workload.model.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-    ]
-    try:
-        loss = peers.plain_forward(workload, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    gradients = torch.autograd.grad(loss, [output for _, _, output in inputs.values()])
-    return [
-        Site(name, module, x, d.contiguous())
-        for (name, (module, x, _)), d in zip(inputs.items(), gradients, strict=True)
-    ]
-
-
-def pass_without_weights(workload: Workload) -> Callable[[], None]:
-    """The plain pass with every parameter frozen: forward, and backward to the first layer's output."""
-    first = next(m for m in workload.model.modules() if list(m.parameters(recurse=False)))
-    outputs: list[Tensor] = []
-
-    def start(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        outputs.append(output.detach().requires_grad_())
-        return outputs[-1]
-
-    def run() -> None:
-        workload.model.requires_grad_(False)
-        handle = first.register_forward_hook(start)
-        try:
-            for checkpoint in workload.trajectory:
-                peers.plain_load(workload.model, checkpoint.path)
-                for rows in (workload.queries, workload.train):
-                    for batch in batches(rows, workload.case.batch):
-                        loss = peers.plain_forward(workload, batch)
-                        torch.autograd.grad(loss, outputs)
-                        outputs.clear()
-        finally:
-            handle.remove()
-            workload.model.requires_grad_(True)
-
-    return run
-
-
 def grouped(x: Tensor, d: Tensor, module: nn.Conv2d) -> Tensor:
     """Weight gradients per row by one convolution-backward with a group per row."""
     n = len(x)
@@ -119,92 +71,222 @@ def grouped(x: Tensor, d: Tensor, module: nn.Conv2d) -> Tensor:
     return torch.ops.aten.convolution_backward(
         d.reshape(1, -1, *d.shape[2:]), x.reshape(1, -1, *x.shape[2:]), weight, None,
         module.stride, module.padding, module.dilation, False, [0, 0], n, [False, True, False],
-    )[1]  # fmt: skip
+    )[1].view(n, -1)  # fmt: skip
 
 
 def unfolded(x: Tensor, d: Tensor, module: nn.Conv2d) -> Tensor:
     """Weight gradients per row by one batched matrix product with the patches."""
     patches = nn.functional.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
-    return d.flatten(2) @ patches.mT
+    return (d.flatten(2) @ patches.mT).flatten(1)
 
 
-def of_convolution(site: Site, rows: int, queries: int, time: Timer) -> Costs:
-    module, x, d = site.module, site.x, site.d
-    ordinary = time(
-        lambda: torch.ops.aten.convolution_backward(
-            d, x, module.weight, None, module.stride, module.padding, module.dilation, False, [0, 0], 1,
-            [False, True, False],
-        )
-    )  # fmt: skip
-    ways = {
-        "grouped convolution": time(lambda: grouped(x, d, module)),
-        "patches": time(lambda: unfolded(x, d, module)),
-    }
-    way = min(ways, key=ways.__getitem__)
-    return ordinary, ways[way], gemm(rows, queries, module.weight.numel(), time), way
+def turned(x: Tensor, d: Tensor, module: nn.Conv2d) -> Tensor:
+    """The same with the channels of a pixel side by side: entries (output channel, kernel, input channel)."""
+    (down, right), (high, wide) = module.padding, module.kernel_size
+    inside = nn.functional.pad(x.permute(0, 2, 3, 1), (0, 0, right, right, down, down)).contiguous()
+    (n, height, width, c), (below, beside) = inside.shape, module.stride
+    row, pixel = module.dilation
+    size = (n, *d.shape[2:], high, wide, c)
+    steps = (below * width * c, beside * c, row * width * c, pixel * c, 1)
+    patches = inside.as_strided(size, (height * width * c, *steps)).reshape(n, -1, high * wide * c)
+    return (d.permute(0, 2, 3, 1).reshape(n, -1, d.shape[1]).mT @ patches).flatten(1)
+
+
+def batched(x: Tensor, d: Tensor, _: nn.Linear) -> Tensor:
+    """Weight gradients per row of a linear layer that is used several times in a row."""
+    n = len(x)
+    return (d.reshape(n, -1, d.shape[-1]).mT @ x.reshape(n, -1, x.shape[-1])).flatten(1)
+
+
+# By name; a layer without one is left in its factors.
+WAYS: dict[str, Way] = {
+    "grouped convolution": grouped,
+    "patches": unfolded,
+    "patches, channels inside": turned,
+    "batched product": batched,
+}
+
+
+class Passes:
+    """Forward and backward passes with every parameter frozen, to the outputs of linear layers and convolutions."""
+
+    def __init__(self, workload: Workload) -> None:
+        self.workload = workload
+        self._found: dict[str, tuple[nn.Module, Tensor, Tensor]] = {}
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Freeze the parameters and hook the layers; on leaving, all is as it was."""
+        model = self.workload.model
+        first = next(m for m in model.modules() if list(m.parameters(recurse=False)))
+        handles = [first.register_forward_hook(lambda _, __, output: output.detach().requires_grad_())]
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                handles.append(module.register_forward_hook(partial(self._keep, name)))
+        model.requires_grad_(False)
+        try:
+            yield
+        finally:
+            model.requires_grad_(True)
+            for handle in handles:
+                handle.remove()
+
+    def _keep(self, name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        self._found[name] = (module, args[0].detach(), output)
+
+    def sites(self, batch: Rows) -> list[Site]:
+        """What flows through each layer."""
+        loss = peers.plain_forward(self.workload, batch)
+        gradients = torch.autograd.grad(loss, [output for _, _, output in self._found.values()])
+        found = zip(self._found.items(), gradients, strict=True)
+        out = [Site(name, module, x, d) for (name, (module, x, _)), d in found]
+        self._found.clear()
+        return out
+
+
+def without_weights(workload: Workload, passes: Passes) -> None:
+    """The plain pass without weight gradients."""
+    with passes.open():
+        for checkpoint in workload.trajectory:
+            peers.plain_load(workload.model, checkpoint.path)
+            for rows in (workload.queries, workload.train):
+                for batch in batches(rows, workload.case.batch):
+                    passes.sites(batch)
+
+
+def program(workload: Workload, passes: Passes, ways: dict[str, str], size: int, verb: str) -> Tensor:
+    """The hand-written program: scores [q, n] of these layers' weights, or each row's squared norms [n]."""
+    total: Any = 0
+    with passes.open():
+        for checkpoint, rate in zip(workload.trajectory, peers.rates(workload), strict=True):
+            peers.plain_load(workload.model, checkpoint.path)
+            if verb == "self_influence":
+                parts = [norms(passes.sites(batch), ways) for batch in batches(workload.train, size)]
+            else:
+                queries = held(
+                    [passes.sites(batch) for batch in batches(workload.queries, workload.case.batch)], ways
+                )
+                parts = [
+                    products(passes.sites(batch), queries, ways) for batch in batches(workload.train, size)
+                ]
+            total = total + rate * torch.cat(parts, -1)
+    return total
+
+
+def held(parts: list[list[Site]], ways: dict[str, str]) -> list[tuple[Tensor, ...]]:
+    """The queries' gradients, [q, p] but laid out along p, or their factors [q·t, i] and [q·t, o]."""
+    out: list[tuple[Tensor, ...]] = []
+    for same in zip(*parts, strict=True):
+        if way := WAYS.get(ways[same[0].name]):
+            out.append((torch.cat([way(site.x, site.d, site.module).mT for site in same], 1).mT,))
+        else:
+            flat = [[leaf.reshape(-1, leaf.shape[-1]) for leaf in (site.x, site.d)] for site in same]
+            out.append(tuple(torch.cat(leaves) for leaves in zip(*flat, strict=True)))
+    return out
+
+
+def products(sites: list[Site], queries: list[tuple[Tensor, ...]], ways: dict[str, str]) -> Tensor:
+    """Σ over layers of the products with the queries, [q, n]."""
+    total: Any = 0
+    for site, query in zip(sites, queries, strict=True):
+        if way := WAYS.get(ways[site.name]):
+            total = total + query[0] @ way(site.x, site.d, site.module).mT
+        else:
+            total = total + factored(site, *query)
+    return total
+
+
+def factored(site: Site, a: Tensor, b: Tensor) -> Tensor:
+    """Σ over the token pairs of (a·a')(δ·δ'), [q, n]."""
+    x, d = (leaf.reshape(-1, leaf.shape[-1]) for leaf in (site.x, site.d))
+    tokens = len(x) // len(site.x)
+    pairs = (a @ x.mT).mul_(b @ d.mT)
+    return pairs.view(len(a) // tokens, tokens, -1, tokens).sum((1, 3)) if tokens > 1 else pairs
+
+
+def norms(sites: list[Site], ways: dict[str, str]) -> Tensor:
+    """Σ over layers of each row's squared norm, [n]."""
+    total: Any = 0
+    for site in sites:
+        if way := WAYS.get(ways[site.name]):
+            total = total + torch.linalg.vector_norm(way(site.x, site.d, site.module), dim=1).square()
+        else:
+            x, d = (leaf.reshape(len(leaf), -1, leaf.shape[-1]) for leaf in (site.x, site.d))
+            pairs = (x @ x.mT).mul_(d @ d.mT)
+            total = total + pairs.sum((1, 2))
+    return total
 
 
 def gemm(rows: int, queries: int, size: int, time: Timer) -> float:
     """One product of gradients multiplied out, [queries, size] with [rows, size]."""
-    one, other = torch.randn(queries, size), torch.randn(rows, size)
+    one, other = torch.randn(size, queries).mT, torch.randn(rows, size)
     return time(lambda: one @ other.mT)
 
 
-def factored(site: Site, queries: int, time: Timer) -> float:
-    """Σ over the token pairs of (a·a')(δ·δ')."""
-    x, d = (leaf.reshape(-1, leaf.shape[-1]) for leaf in (site.x, site.d))
-    tokens = len(x) // len(site.x)
-    a, b = torch.randn(queries * tokens, x.shape[-1]), torch.randn(queries * tokens, d.shape[-1])
-
-    def run() -> Tensor:
-        pairs = (a @ x.mT).mul_(b @ d.mT)
-        return pairs.view(queries, tokens, -1, tokens).sum((1, 3)) if tokens > 1 else pairs
-
-    return time(run)
-
-
-def of_linear(site: Site, rows: int, queries: int, time: Timer) -> Costs:
+def costs(site: Site, queries: int, time: Timer) -> tuple[float, float, float, str]:
+    """Seconds of a batch: the ordinary weight gradient, the cheapest for each row, its products; and how."""
     module, x, d = site.module, site.x, site.d
+    if isinstance(module, nn.Conv2d):
+        ordinary = time(
+            lambda: torch.ops.aten.convolution_backward(
+                d, x, module.weight, None, module.stride, module.padding, module.dilation, False, [0, 0], 1,
+                [False, True, False],
+            )
+        )  # fmt: skip
+        spent = {name: time(partial(WAYS[name], x, d, module)) for name in WAYS if name != "batched product"}
+        way = min(spent, key=spent.__getitem__)
+        return ordinary, spent[way], gemm(len(x), queries, module.weight.numel(), time), way
     flat = [leaf.reshape(-1, leaf.shape[-1]) for leaf in (x, d)]
-    ordinary = time(lambda: flat[1].mT @ flat[0])
-    tokens = len(flat[0]) // len(x)
-    pairs = rows * tokens * queries * tokens
-    apart = factored(site, queries, time) if pairs <= MOST_PAIRS else float("inf")
+    ordinary, tokens = time(lambda: flat[1].mT @ flat[0]), len(flat[0]) // len(x)
+    apart = float("inf")
+    if len(flat[0]) * queries * tokens <= MOST_PAIRS:
+        sides = [torch.randn(queries * tokens, leaf.shape[-1]) for leaf in flat]
+        apart = time(partial(factored, site, *sides))
     if tokens == 1:
         return ordinary, 0.0, apart, "factors"
-    x3, d3 = x.reshape(len(x), -1, x.shape[-1]), d.reshape(len(d), -1, d.shape[-1])
-    out, product = time(lambda: d3.mT @ x3), gemm(rows, queries, module.weight.numel(), time)
-    if apart < out + product:
-        return ordinary, 0.0, apart, "factors"
-    return ordinary, out, product, "batched product"
+    out, product = time(partial(batched, x, d, module)), gemm(len(x), queries, module.weight.numel(), time)
+    return (
+        (ordinary, 0.0, apart, "factors")
+        if apart < out + product
+        else (ordinary, out, product, "batched product")
+    )
 
 
-def floor(workload: Workload, rounds: int, now: Callable[[], float]) -> dict[str, Any]:
-    """Seconds of what any exact method does, over the whole run.
+@dataclass(frozen=True)
+class Least:
+    """The program ready to run, beside the pass without weight gradients, and what its layers cost one after another."""
+
+    run: Callable[[], Tensor]
+    without: Callable[[], None]
+    layers: list[Layer]
+    size: int
+
+
+def least(workload: Workload, verb: str, now: Callable[[], float]) -> Least:
+    """Choose the cheapest ways for a workload.
 
     Args:
         workload: Model, rows and checkpoints.
-        rounds: Pairs of passes, with weight gradients and without; medians are told.
+        verb: ``"self_influence"`` for norms; products with the queries otherwise.
         now: One of ``measure.CLOCKS``.
 
     Returns:
-        ``pass``, ``without`` (the pass without weight gradients), and ``layers``.
+        The program, what it is made of, and the rows of its batches.
     """
-    without = pass_without_weights(workload)
-    without()
-    pairs = [
-        (timed(lambda: peers.plain_pass(workload), now)[0], timed(without, now)[0]) for _ in range(rounds)
-    ]
-    whole = statistics.median(one for one, _ in pairs)
-    share = statistics.median(bare / one for one, bare in pairs)
-    batch = batches(workload.train, workload.case.batch)[0]
+    passes, batch = Passes(workload), batches(workload.train, workload.case.batch)[0]
+    with passes.open():
+        found = passes.sites(batch)
     n, m, checkpoints = len(workload.train[0]), len(workload.queries[0]), len(workload.trajectory)
-    size = len(batch[0])
-    layers = []
-    for site in sites_of(workload, batch):
-        costs_of = of_convolution if isinstance(site.module, nn.Conv2d) else of_linear
-        ordinary, per_row, products, way = costs_of(site, size, m, partial(seconds_of, now=now))
-        every, train = (n + m) / size * checkpoints, n / size * checkpoints
+    size, layers = len(batch[0]), []
+    asked = 0 if verb == "self_influence" else m
+    for site in found:
+        ordinary, per_row, products, way = costs(site, m, partial(seconds_of, now=now))
+        every, train = (n + asked) / size * checkpoints, n / size * checkpoints
         what = type(site.module).__name__ + " " + "×".join(map(str, site.module.weight.shape))
-        layers.append(Layer(site.name, what, ordinary * every, per_row * every, products * train, way))
-    return {"pass": whole, "without": share * whole, "layers": layers}
+        multiplied = products * train if asked else 0.0
+        layers.append(Layer(site.name, what, ordinary * every, per_row * every, multiplied, way))
+    ways = {layer.name: layer.way for layer in layers}
+    programs = {size * by: partial(program, workload, passes, ways, size * by, verb) for by in SIZES}
+    spent = {rows: seconds_of(run, now, 1) for rows, run in programs.items()}
+    best = min(spent, key=spent.__getitem__)
+    return Least(programs[best], partial(without_weights, workload, passes), layers, best)

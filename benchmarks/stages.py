@@ -107,7 +107,9 @@ def stages(places: Mapping[str, Sequence[str]], now: Callable[[], float]) -> Ite
 Listed = list[tuple[str, int, float]]
 
 
-def profile(workload: Workload, verb: str, rounds: int, clock: str) -> dict[str, Any]:
+def profile(
+    workload: Workload, verb: str, rounds: int, clock: str, beside: Mapping[str, Callable[[], Any]]
+) -> dict[str, Any]:
     """The stages of one verb and of the plain pass, medians over rounds.
 
     Args:
@@ -115,9 +117,12 @@ def profile(workload: Workload, verb: str, rounds: int, clock: str) -> dict[str,
         verb: ``"influence"``, ``"top_k"`` or ``"self_influence"``.
         rounds: Rounds, each beside a plain pass.
         clock: ``"wall"`` or ``"cpu"``.
+        beside: What else runs once in every round.
 
     Returns:
-        ``pass`` and ``total`` in seconds; ``plain`` and ``stages``: (name, calls, seconds), the longest first.
+        ``pass`` and ``total`` in seconds; ``ratio``, and ``beside`` by name: to the pass of its round, the median and, of the
+        others, also the least, the largest and how our time compares; ``plain`` and ``stages``: (name, calls, seconds), the
+        longest first.
     """
     method, now = ours(workload), CLOCKS[clock]
     sides = (workload.train,) if verb == "self_influence" else (workload.train, workload.queries)
@@ -128,6 +133,7 @@ def profile(workload: Workload, verb: str, rounds: int, clock: str) -> dict[str,
     peers.plain_pass(workload)
     run()
     passes, totals, plain, clocks = [], [], [], []
+    others: dict[str, list[float]] = {name: [] for name in beside}
     for _ in range(rounds):
         with stages(PLAIN, now) as found:
             passes.append(timed(lambda: peers.plain_pass(workload), now)[0])
@@ -135,14 +141,26 @@ def profile(workload: Workload, verb: str, rounds: int, clock: str) -> dict[str,
         with stages(STAGES, now) as found:
             totals.append(timed(run, now)[0])
         clocks.append(found)
+        for name, other in beside.items():
+            others[name].append(timed(other, now)[0])
     floor, total = statistics.median(passes), statistics.median(totals)
     return {
         "pass": floor,
         "total": total,
         "ratio": statistics.median(one / base for one, base in zip(totals, passes, strict=True)),
+        "beside": {name: _compared(seconds, passes, totals) for name, seconds in others.items()},
         "plain": _listed(plain, PLAIN, floor),
         "stages": _listed(clocks, STAGES, total),
     }
+
+
+def _compared(seconds: list[float], passes: list[float], totals: list[float]) -> dict[str, float]:
+    """Ratios to the pass of the same round, and of our time to these seconds."""
+    ratios = [one / base for one, base in zip(seconds, passes, strict=True)]
+    ours_over = statistics.median(total / one for one, total in zip(seconds, totals, strict=True))
+    return {
+        "ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios), "ours": ours_over,
+    }  # fmt: skip
 
 
 def _listed(clocks: Sequence[Clock], places: Mapping[str, Any], total: float) -> Listed:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,12 @@ sys.path.append(str(FOLDER))
 import floor  # noqa: E402
 import growth  # noqa: E402
 import measure  # noqa: E402
+import peers  # noqa: E402
 import profiles  # noqa: E402
 import table  # noqa: E402
 import workloads  # noqa: E402
+
+import tracin  # noqa: E402
 
 # Modules there have the names of folders here, such as index, and would stand before them.
 sys.path.remove(str(FOLDER))
@@ -115,53 +117,94 @@ def test_what_float32_autograd_cannot_do_is_not_called_wrong(error: float, marke
     assert ("(wrong)" in page) == ("1.50 †" in page) == marked
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_the_floors_ways_give_each_rows_gradient(stride: int) -> None:
+@pytest.mark.parametrize(("stride", "padding", "dilation"), [(1, 1, 1), (2, (1, 0), 1), (1, 2, (2, 1))])
+def test_the_floors_ways_give_each_rows_gradient(stride: int, padding: Any, dilation: Any) -> None:
     torch.manual_seed(0)
-    module = nn.Conv2d(3, 4, 3, stride, padding=1, bias=False).double()
-    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    module = nn.Conv2d(3, 4, (3, 2), stride, padding, dilation, bias=False).double()
+    x = torch.randn(2, 3, 6, 5, dtype=torch.float64)
     output = module(x)
     d = torch.randn_like(output)
-    truth = [
-        torch.autograd.grad((module(x[i : i + 1]) * d[i : i + 1]).sum(), module.weight)[0] for i in range(2)
-    ]
+    truth = torch.stack(
+        [torch.autograd.grad((module(x[i : i + 1]) * d[i : i + 1]).sum(), module.weight)[0] for i in range(2)]
+    )
     for way in (floor.grouped, floor.unfolded):
-        assert torch.allclose(way(x, d, module).view(2, 4, 3, 3, 3), torch.stack(truth))
+        assert torch.allclose(way(x, d, module), truth.flatten(1))
+    assert torch.allclose(floor.turned(x, d, module), truth.flatten(3).mT.flatten(1))
+
+
+def convolutions() -> nn.Module:
+    """Nothing but layers that the program written by hand counts."""
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.Tanh(), nn.Conv2d(4, 6, 3, 2, bias=False), nn.Tanh(),
+        nn.Flatten(), nn.Linear(6 * 9, 5, bias=False), nn.Tanh(), nn.Linear(5, 3, bias=False),
+    )  # fmt: skip
+
+
+def words() -> nn.Module:
+    """Linear layers that are used several times in a row."""
+    torch.manual_seed(4)
+    layers = (nn.Linear(6, 8, bias=False), nn.Tanh(), nn.Linear(8, 3, bias=False))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(21, 3, bias=False))
+
+
+@pytest.mark.parametrize("ways", [None, "factors"])
+@pytest.mark.parametrize(("model", "shape"), [(convolutions, (1, 8, 8)), (words, (7, 6))])
+def test_the_program_written_by_hand_is_exact(
+    model: Any, shape: tuple[int, ...], ways: str | None, tmp_path: Path
+) -> None:
+    """Its scores and norms are those of autograd, row by row."""
+    generator = torch.Generator().manual_seed(1)
+    rows, queries = (
+        (torch.randn(n, *shape, generator=generator), torch.randint(0, 3, (n,), generator=generator))
+        for n in (11, 4)
+    )
+    case = workloads.Case("", model, tracin.losses.cross_entropy, 11, 4, 3, 2, 0.1, True)
+    trajectory = workloads.train(case, built := model(), rows, tmp_path)
+    workload = workloads.Workload("cnn", case, built.eval(), rows, queries, trajectory)
+    truth, own = peers.reference(workload, range(11), range(4))
+    now = measure.CLOCKS["wall"]
+    found, alone = (floor.least(workload, verb, now) for verb in ("influence", "self_influence"))
+    scores, squares = found.run(), alone.run()
+    if ways and model is words:  # the other choice for each layer
+        named = {layer.name: ways for layer in found.layers}
+        scores = floor.program(workload, floor.Passes(workload), named, 3, "influence")
+        squares = floor.program(workload, floor.Passes(workload), named, 3, "self_influence")
+    torch.testing.assert_close(scores.double(), truth, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(squares.double(), own, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("name", "ratio", "verdict"),
+    ("ratio", "program", "verdict"),
     [
-        ("cnn", 1.29, "The aim of 1.3 is met."),
-        ("gpt-wide", 1.39, "The aim of 1.4 is met."),
-        ("gpt-wide", 1.45, "The floor came out above what was reached"),
-        ("cnn", 1.55, "The aim of 1.3 is below this floor"),
-        ("gpt-wide", 1.75, "The aim of 1.4 is below this floor"),
+        (1.29, 1.5, "The aim of 1.3 is met."),
+        (1.55, 1.5, "The aim of 1.3 is missed by 0.25; the program written by hand misses it too."),
+        (1.45, 1.5, "The aim of 1.3 is missed by 0.15; the program written by hand misses it too."),
+        (1.45, 1.2, "missed by 0.15; the program written by hand meets it, so that 0.25 are our own."),
     ],
 )
-def test_the_profile_says_what_its_floor_of_one_and_a_half_decides(
-    name: str, ratio: float, verdict: str
+def test_the_profile_says_whether_the_program_written_by_hand_meets_the_aim(
+    ratio: float, program: float, verdict: str
 ) -> None:
-    layer = floor.Layer("1", "Linear", ordinary=0.2, per_row=0.3, products=0.4, way="factors")
-    found = {
-        "verb": "influence",
-        "name": name,
-        "ratio": ratio,
-        "pass": 1.0,
-        "floor_pass": 1.0,
-        "without": 0.8,
-    }
-    found |= {"plain": [("forward", 1, 0.4)], "stages": [("forward", 1, 0.4)], "layers": [asdict(layer)]}
-    assert verdict in profiles.told(found)[-1]
+    assert profiles.verdict(ratio, profiles.aim_of("influence", "cnn"), program).endswith(verdict)
 
 
-def test_the_floor_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+def test_aims_of_models_and_verbs() -> None:
+    aims = [profiles.aim_of(verb, name) for verb, name in (("influence", "mlp"), ("influence", "gpt-wide"))]
+    assert [*aims, profiles.aim_of("self_influence", "mlp")] == [1.3, 1.4, 1.25]
+
+
+def test_the_profile_of_a_model(tmp_path: Path) -> None:
     workload = workloads.made(TINY, workloads.case_of(TINY), tmp_path)
-    found = floor.floor(workload, 1, measure.CLOCKS["wall"])
+    found = profiles.profiled(workload, "influence", 1, "wall")
     assert all(parameter.requires_grad for parameter in workload.model.parameters())
-    assert {layer.way for layer in found["layers"]} <= {"factors", "batched product"}
+    assert {layer["way"] for layer in found["layers"]} <= {"factors", "batched product"}
     assert len(found["layers"]) == 4 * 4 + 1
-    assert found["without"] > 0
+    assert set(found["beside"]) == {"without", "least"}
+    assert all(one["low"] <= one["ratio"] <= one["high"] for one in found["beside"].values())
+    page = profiles.markdown([found])
+    assert "The program written by hand takes" in page
+    assert page.count("Linear") > 4
 
 
 def test_the_growth_page_tells_the_power(tmp_path: Path) -> None:

@@ -38,6 +38,17 @@ class SharedModule(nn.Module):
         return self.second(self.first(x))
 
 
+class SharedConvolution(nn.Module):
+    """One convolution of small pictures that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.common = nn.Conv2d(2, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.common(torch.tanh(self.common(x)))
+
+
 class SharedParameters(nn.Module):
     """Two Linears and two convolutions of different shapes of use over the same tensors."""
 
@@ -300,6 +311,7 @@ CASES = [
     Case("tied_embeddings", Tied, [integers(0, 6, 3)]),
     Case("shared_module", SharedModule, [normal(4)]),
     Case("shared_module_tokens", SharedModule, [normal(3, 4)]),
+    Case("shared_convolution", SharedConvolution, [normal(2, 5, 5)]),
     Case("shared_parameters", SharedParameters, [normal(3, 4)]),
     Case("tied_norms", TiedNorms, [normal(3, 4)]),
     Case("copied_and_repeated", _deep_copy, [normal(4)]),

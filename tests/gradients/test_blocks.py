@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 
 from gradients.common import normal, seeded
 from tracin.gradients import blocks
-from tracin.gradients.blocks import Block, Convolution, Dense, Outer, Rows, Sum
+from tracin.gradients import convolution as gradients_of_convolutions
+from tracin.gradients.blocks import Block, Convolution, Dense, Filters, Outer, Rows, Sum
 from tracin.gradients.convolution import ConvolutionShape
-from tracin.gradients.products import concatenate, dot, held
+from tracin.gradients.products import concatenate, dot, held, widened
 from tracin.gradients.rules import convolution_block
 
 Made = tuple[Block, Tensor]  # a block, and the same gradients multiplied out without it
@@ -53,6 +55,14 @@ def convolution(n: int, seed: int, k: int = 2) -> Made:
     return Convolution(x, d, shape), torch.stack(truth).reshape(n, -1)
 
 
+def filters(n: int, seed: int) -> Made:
+    """Entries (output channel, kernel, input channel), where the weight has the input channel before the kernel."""
+    block, truth = convolution(n, seed)
+    assert isinstance(block, Convolution)
+    values = torch.einsum("noxc->nocx", truth.view(n, OUT, KERNEL, CHANNELS)).reshape(n, -1)
+    return Filters(truth, block.shape), values
+
+
 def dense(n: int, seed: int) -> Made:
     values = normal(n, SIZE, seed=seed)
     return Dense(values), values.clone()
@@ -73,8 +83,10 @@ KINDS: dict[str, Callable[[int, int], Made]] = {
     "rows touched once": rows_touched_once,
     "convolution": convolution,
     "dense": dense,
+    "filters": filters,
     "sum of outer and rows": added(outer, rows),
     "sum of convolution and dense": added(convolution, dense),
+    "sum of filters and convolution": added(filters, convolution),
 }
 
 
@@ -151,7 +163,21 @@ def test_every_pair_with_a_bias(train: str, queries: str, tile: int, monkeypatch
     close(dot(a, b), mine @ other.mT, f"{train} · {queries}")
 
 
-@pytest.mark.parametrize("queries", ["dense", "rows", "convolution", "sum of convolution and dense"])
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize("train", ["convolution", "filters", "dense"])
+def test_queries_with_the_kernel_first(train: str, small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against maps that come in the same order, and against larger ones, which do not."""
+    (queries, theirs), (block, mine) = filters(3, 2), KINDS[train](5, 1)
+    if not small:
+        monkeypatch.setattr(gradients_of_convolutions, "FEW_PIXELS", 0)
+    if isinstance(block, Convolution):
+        assert isinstance(block.multiplied_out(), Filters if small else Dense)
+    close(dot(block, queries), mine @ theirs.mT, f"{train} · filters")
+
+
+@pytest.mark.parametrize(
+    "queries", ["dense", "rows", "convolution", "filters", "sum of convolution and dense"]
+)
 def test_a_convolution_in_groups(queries: str) -> None:
     """[2, 3, 3] in two groups has 18 entries too; its patches would be of another width."""
     x, d = normal(4, 1, 6, 5, seed=1), normal(4, 1, 2, 3, seed=2)
@@ -282,7 +308,7 @@ def kinds_held(make: Callable[[int, int], Made], train_rows: Sequence[int]) -> s
         block, truth = make(3, 1)
         kept = held(block, n)
         close(kept.materialise(), truth, f"held for {n} train rows")
-        assert isinstance(kept, Dense | Outer | Rows), (
+        assert isinstance(kept, Dense | Filters | Outer | Rows), (
             f"{type(kept).__name__} is not a kind to hold queries in"
         )
         train, mine = make(4, 30)
@@ -311,7 +337,8 @@ def test_queries_are_held_in_the_cheaper_way() -> None:
     assert kinds_held(wide, runs) == {Outer}, "one use of a wide layer: two small products"
     assert kinds_held(outer_of_many_uses, runs) == {Dense}, "five uses of 3 × 6 entries: multiplied out"
     assert kinds_held(picture, runs) == {Outer}, "one pixel of many channels: two small products"
-    assert kinds_held(convolution, runs) == {Dense}, "many pixels of few channels: multiplied out"
+    assert kinds_held(convolution, runs) == {Filters}, "many pixels of few channels: multiplied out"
+    assert kinds_held(filters, runs) == {Filters}, "as they lie"
     assert kinds_held(long_table, runs) == {Rows}, "two words of fifty"
     assert kinds_held(rows, runs) == {Dense}, "four words of three"
     assert kinds_held(dense, runs) == {Dense}
@@ -326,11 +353,28 @@ def test_train_examples_of_another_length_count() -> None:
     )
 
 
-@pytest.mark.parametrize("make", WITH_BIAS.values(), ids=list(WITH_BIAS))
+@pytest.mark.parametrize("make", [*WITH_BIAS.values(), filters], ids=[*WITH_BIAS, "filters"])
 def test_batches_side_by_side(make: Callable[[int, int], Made]) -> None:
     made = [make(n, seed) for n, seed in ((3, 1), (1, 2), (2, 3))]
     joined = concatenate([block for block, _ in made])
     close(joined.materialise(), torch.cat([truth for _, truth in made]), "concatenate")
+
+
+def test_filters_beside_dense() -> None:
+    (first, a), (other, b) = filters(3, 1), dense(2, 2)
+    assert isinstance(concatenate([first, filters(1, 3)[0]]), Filters)
+    for parts, truth in (((first, other), (a, b)), ((other, first), (b, a))):
+        close(concatenate(parts).materialise(), torch.cat(truth), "filters beside dense")
+
+
+@pytest.mark.parametrize("make", [filters, dense], ids=["filters", "dense"])
+def test_in_float64(make: Callable[[int, int], Made]) -> None:
+    block, truth = make(3, 1)
+    assert isinstance(block, Dense | Filters)
+    narrow = widened(replace(block, values=block.values.float()))
+    assert isinstance(narrow, type(block))
+    assert narrow.values.dtype == torch.float64
+    close(narrow.materialise(), truth.float().double(), "widened")
 
 
 def test_batches_of_different_lengths_are_padded_with_nothing() -> None:

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from gradients.common import normal
 from tracin.gradients import convolution
-from tracin.gradients.convolution import ConvolutionShape, patches, weight_gradient
+from tracin.gradients.convolution import (
+    ConvolutionShape,
+    kernel_first,
+    kernel_first_gradient,
+    patches,
+    weight_gradient,
+)
 
 ROUTES = {"patches": convolution._by_patches, "grouped": convolution._by_grouped_convolution}
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -82,6 +88,41 @@ def test_both_routes(drawn: dict[str, Any]) -> None:
             found, truth, rtol=1e-11, atol=1e-12, msg=lambda m, name=name: f"{name}, {shape}: {m}"
         )
     torch.testing.assert_close(weight_gradient(x, d, shape), truth, rtol=1e-11, atol=1e-12)
+    if shape.groups == 1:
+        turned = truth.flatten(3).mT.flatten(2)
+        for how, leaves in (("channels first", (x, d)), ("channels last", (inside(x), inside(d)))):
+            found = kernel_first_gradient(*leaves, shape)
+            torch.testing.assert_close(
+                found, turned, rtol=1e-11, atol=1e-12, msg=lambda m, how=how: f"{how}, {shape}: {m}"
+            )
+
+
+def inside(x: Tensor) -> Tensor:
+    """The same numbers with the channels of a pixel side by side."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+@pytest.mark.parametrize(
+    ("channels", "kernel", "stride", "groups", "pixels", "first", "last"),
+    [
+        (16, 3, 1, 1, 64, True, True),
+        (16, 3, 1, 1, 81, False, False),
+        (16, 3, 2, 1, 81, False, True),
+        (64, 3, 1, 1, 256, False, True),
+        (64, 3, 1, 1, 257, False, False),
+        (16, 1, 1, 1, 400, False, True),
+        (16, 1, 1, 1, 4, False, True),
+        (16, 3, 2, 2, 16, False, False),
+    ],
+)
+def test_when_the_kernel_comes_first(
+    channels: int, kernel: int, stride: int, groups: int, pixels: int, first: bool, last: bool
+) -> None:
+    """``first`` where channels lie apart, ``last`` where those of a pixel lie side by side."""
+    shape = ConvolutionShape(channels, channels, (kernel,), (stride,), (1,), groups, (0,))
+    d = normal(2, channels, pixels, seed=1)
+    assert kernel_first(d, shape) is first
+    assert kernel_first(inside(d), shape) is last
 
 
 def test_each_route_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

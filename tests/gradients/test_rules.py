@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradients.common import assert_exact, build, source_of, traced, wired
+from gradients.common import assert_exact, build, normal, source_of, traced, wired
 from gradients.layers import LAYERS, TYPICAL, Layer, loss
+from tracin.gradients import rules
 from tracin.gradients.rules import RULES, rule_for
 
 FLOAT64 = torch.float64
@@ -144,3 +145,21 @@ def test_weight_and_bias_are_read_in_one_go(cls: type[nn.Module], monkeypatch: p
     monkeypatch.setitem(source.wiring.rules, name, replace(site, rule=replace(site.rule, compute=compute)))
     assert_exact(source)
     assert asked == [frozenset({"weight", "bias"})]
+
+
+@pytest.mark.parametrize("cached", [1, 40, 1 << 18], ids=["row by row", "some tiles", "one tile"])
+@pytest.mark.parametrize("k", [1, 2])
+def test_batch_norm_where_channels_lie_side_by_side(
+    cached: int, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sums of δ x̂ and δ over pixels, by a route of their own, in tiles of rows."""
+    monkeypatch.setattr(rules, "CACHED", cached)
+    x, d = (normal(5, k, 3, 4, 2, seed=seed) for seed in (1, 2))
+    mean, variance = normal(3, seed=3), normal(3, seed=4).square() + 0.1
+    normalised = (x - mean[:, None, None]) / (variance + 1e-3).sqrt()[:, None, None]
+    truth = (normalised * d).sum((1, 3, 4)), d.sum((1, 3, 4))
+    turned = [leaf.movedim(2, -1).contiguous().movedim(-1, 2) for leaf in (x, d)]
+    assert turned[0].stride(2) == 1
+    for leaves in ((x, d), turned, (turned[0], d)):
+        for found, expected in zip(rules.batch_norm_terms(*leaves, mean, variance, 1e-3), truth, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

@@ -6,6 +6,7 @@ For a layer used t times per example the gradient of example n is :math:`\sum_t 
 - ``Convolution``: the layer's input and δ; patches or weight gradients are made when asked for.
 - ``Rows``: the touched rows of an embedding, index [n, t] and δ [n, t, o].
 - ``Dense``: multiplied out, [n, p].
+- ``Filters``: a convolution's weight, multiplied out with the kernel before the input channels.
 - ``Sum``: several of the above for one parameter (a weight shared by two modules): cross terms count.
 
 Every block knows ``squared_norm() [n]``, ``materialise() [n, p]``, ``total() [p]``, ``scaled(rates)`` and
@@ -21,10 +22,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tracin.gradients.convolution import ConvolutionShape, columns, patches, weight_gradient
+from tracin.gradients.convolution import (
+    ConvolutionShape,
+    columns,
+    kernel_first,
+    kernel_first_gradient,
+    patches,
+    weight_gradient,
+)
 from tracin.shapes import Float, Int
 
-__all__ = ["TILE", "Block", "Convolution", "Dense", "Outer", "Rows", "Sum", "tiles"]
+__all__ = ["TILE", "Block", "Convolution", "Dense", "Filters", "Outer", "Rows", "Sum", "tiles"]
 
 # Largest temporary that one product makes, in elements: 7 Mi float32 are 28 MiB. From 32 MiB on glibc asks the system for
 # every block anew.
@@ -239,7 +247,8 @@ class Convolution(Block):
         o, t = self.shape.out_channels, self.d[0, 0, 0].numel()
         i = self.size // o
         if self.x.shape[1] > 1 or self.shape.groups > 1 or t * (i + o) >= i * o:
-            return _squared_norm_in_tiles(self)
+            spans = tiles(len(self), self.size)
+            return torch.cat([self.rows(*span).multiplied_out().squared_norm() for span in spans])
         # ‖Σ_t δ_t ⊗ a_t‖² = Σ_ts (a_t·a_s)(δ_t·δ_s)
         parts = []
         for start, stop in tiles(len(self), t * (i + 2 * t)):
@@ -248,10 +257,17 @@ class Convolution(Block):
             parts.append((torch.bmm(a.mT, a) * torch.bmm(d.mT, d)).sum((1, 2)))
         return torch.cat(parts).clamp_min(0.0)
 
-    def materialise(self) -> Float[Tensor, "n p"]:
+    def multiplied_out(self) -> Dense | Filters:
+        """Multiplied out in the order of entries that costs least."""
         n, k = self.x.shape[:2]
-        gradient = weight_gradient(self.x.flatten(0, 1), self.d.flatten(0, 1), self.shape)
-        return gradient.view(n, k, -1).sum(1) if k > 1 else gradient.view(n, -1)
+        x, d = self.x.flatten(0, 1), self.d.flatten(0, 1)
+        first = kernel_first(d, self.shape)
+        values = (kernel_first_gradient if first else weight_gradient)(x, d, self.shape)
+        values = values.view(n, k, -1).sum(1) if k > 1 else values.view(n, -1)
+        return Filters(values, self.shape) if first else Dense(values)
+
+    def materialise(self) -> Float[Tensor, "n p"]:
+        return self.multiplied_out().materialise()
 
     def total(self) -> Float[Tensor, " p"]:
         return _total_in_tiles(self)
@@ -272,6 +288,45 @@ class Convolution(Block):
 
     def rows(self, start: int, stop: int) -> Convolution:
         return replace(self, x=self.x[start:stop], d=self.d[start:stop])
+
+
+@dataclass(frozen=True)
+class Filters(Block):
+    """A convolution's weight, multiplied out: values [n, p] with entries (output channel, kernel, input channel)."""
+
+    values: Float[Tensor, "n p"]
+    shape: ConvolutionShape
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def nbytes(self) -> int:
+        return _bytes(self.values)
+
+    @property
+    def size(self) -> int:
+        return self.values.shape[1]
+
+    def squared_norm(self) -> Float[Tensor, " n"]:
+        return torch.linalg.vector_norm(self.values, dim=1).square()
+
+    def materialise(self) -> Float[Tensor, "n p"]:
+        o, c = self.shape.out_channels, self.shape.in_channels
+        return self.values.view(len(self), o, -1, c).mT.reshape(len(self), -1)
+
+    def total(self) -> Float[Tensor, " p"]:
+        return replace(self, values=self.values.sum(0, keepdim=True)).materialise()[0]
+
+    def scaled(self, rates: Sequence[float]) -> Filters:
+        (rate,) = rates
+        return replace(self, values=self.values * rate)
+
+    def weighted(self, weights: Tensor) -> Filters:
+        return replace(self, values=self.values * weights.to(self.values.dtype)[:, None])
+
+    def rows(self, start: int, stop: int) -> Filters:
+        return replace(self, values=self.values[start:stop])
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from tracin.errors import NotFiniteError
 from tracin.gradients import reference, shared
 from tracin.gradients.agreement import accumulation_dtype
 from tracin.gradients.backward import Output, backward, marked_nodes
-from tracin.gradients.blocks import Block, Dense, Outer, Rows, Sum
+from tracin.gradients.blocks import Block, Dense, Filters, Outer, Rows, Sum
 from tracin.gradients.capture import Call, Tape, recording, tensors
 from tracin.gradients.graph import Graph, walk
 from tracin.gradients.local import CallLayout
@@ -263,6 +263,9 @@ def _joined(blocks: list[Block]) -> Block:
         )
     if all(isinstance(block, Dense) for block in blocks):
         return Dense(torch.stack([block.materialise() for block in blocks]).sum(0))
+    if all(isinstance(block, Filters) for block in blocks):
+        filters = [block for block in blocks if isinstance(block, Filters)]
+        return replace(filters[0], values=torch.stack([block.values for block in filters]).sum(0))
     return Sum(tuple(blocks))
 
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tracin.gradients.blocks import Block, Convolution, Dense, Outer, Rows, Sum, tiles
+from tracin.gradients.blocks import Block, Convolution, Dense, Filters, Outer, Rows, Sum, tiles
 from tracin.shapes import Float
 
 __all__ = ["concatenate", "dot", "held", "widened"]
@@ -51,9 +51,20 @@ def dot(train: Block, queries: Block) -> Float[Tensor, "n m"]:
         return _dot_matching(train, queries)
     if isinstance(train, Rows) and isinstance(queries, Dense) and train.index.shape[1] < train.length:
         return _dot_gathered(train, queries)
-    other = queries.materialise().mT
-    parts = [_multiplied_out(train.rows(*span), other) for span in tiles(len(train), train.size)]
+    if isinstance(queries, Filters) and isinstance(train, Convolution | Filters):
+        parts = [_of_filters(train.rows(*span), queries) for span in tiles(len(train), train.size)]
+    else:
+        other = queries.materialise().mT
+        parts = [_multiplied_out(train.rows(*span), other) for span in tiles(len(train), train.size)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _of_filters(train: Convolution | Filters, queries: Filters) -> Float[Tensor, "n m"]:
+    """The products with queries whose kernel comes first: as they lie, where the train side comes so too."""
+    out = train.multiplied_out() if isinstance(train, Convolution) else train
+    if isinstance(out, Filters):
+        return _product(out.values, queries.values.mT)
+    return _product(out.values, queries.materialise().mT)
 
 
 def _multiplied_out(train: Block, queries: Float[Tensor, "p m"]) -> Float[Tensor, "n m"]:
@@ -126,6 +137,8 @@ def widened(block: Block) -> Block:
         return replace(block, a=block.a.double(), d=block.d.double())
     if isinstance(block, Rows):
         return replace(block, d=block.d.double())
+    if isinstance(block, Filters):
+        return replace(block, values=block.values.double())
     if isinstance(block, Sum):
         return Sum(tuple(widened(part) for part in block.parts))
     return Dense(block.materialise().double(), block.splits if isinstance(block, Dense) else None)
@@ -154,7 +167,7 @@ def held(block: Block, train_rows: int, train_uses: int | None = None) -> Block:
         i, o = block.size // block.shape.out_channels, block.shape.out_channels
         if block.shape.groups == 1 and train_rows * m * t * t * (i + o) < train_rows * (t + m) * i * o:
             return block.outer()
-        return Dense(block.materialise())
+        return block.multiplied_out()
     if isinstance(block, Rows):
         t, o = block.index.shape[1], block.d.shape[2]
         # Matching multiplies t·s pairs, gathering t; the table costs v·o memory per query.
@@ -173,7 +186,7 @@ def concatenate(blocks: Sequence[Block]) -> Block:
     Returns:
         One block of all examples.
     """
-    if len(blocks) == 1 and not isinstance(blocks[0], Dense):
+    if len(blocks) == 1 and not isinstance(blocks[0], Dense | Filters):
         return blocks[0]
     if all(isinstance(block, Outer) for block in blocks):
         outers = [block for block in blocks if isinstance(block, Outer)]
@@ -188,6 +201,9 @@ def concatenate(blocks: Sequence[Block]) -> Block:
         return Rows(index, torch.cat([_padded(block.d, t) for block in tables]), tables[0].length)
     # Laid out as [p, m]: a product with few rows on either side reads its right factor along the rows, which is a sixth
     # faster than along the columns.
+    if all(isinstance(block, Filters) for block in blocks):
+        filters = [block for block in blocks if isinstance(block, Filters)]
+        return replace(filters[0], values=torch.cat([block.values.mT for block in filters], 1).mT)
     return Dense(torch.cat([block.materialise().mT for block in blocks], 1).mT)
 
 

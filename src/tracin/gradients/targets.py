@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import grad as conv_grad
 
-from tracin.gradients.blocks import Block, Convolution, Dense, Outer, Rows, Sum, tiles
+from tracin.gradients.blocks import Block, Convolution, Dense, Filters, Outer, Rows, Sum, tiles
 from tracin.gradients.products import concatenate, dot
 from tracin.shapes import Float, Int
 
@@ -119,6 +119,8 @@ def _taken(block: Block, rows: Tensor) -> Block:
         return replace(block, x=block.x[rows], d=block.d[rows])
     if isinstance(block, Rows):
         return replace(block, index=block.index[rows], d=block.d[rows])
+    if isinstance(block, Filters):
+        return replace(block, values=block.values[rows])
     return Dense(block.materialise()[rows])
 
 
