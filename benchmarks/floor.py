@@ -1,9 +1,9 @@
 """What no exact method can save, as a program: written by hand for one model with torch alone, apart from the library.
 
-At each checkpoint it runs the forward pass, the backward pass to the outputs of linear layers and convolutions with every
-parameter frozen, makes each row's weight gradients in the cheapest of the known exact ways (or leaves them as two factors),
-and multiplies with the queries'. Ways are timed on the workload's own tensors, one batch of each layer. Biases, norm layers
-and embeddings are left out, nothing is checked, and rows are taken as they lie, so the true floor is a little higher.
+At each checkpoint it runs the forward pass, the backward pass to the outputs of layers with every parameter frozen, makes
+each row's gradients in the cheapest of the known exact ways (or leaves them as two factors), and multiplies with the
+queries'. Ways are timed on the workload's own tensors, one batch of each layer. Embeddings are left out, nothing is checked,
+and rows are taken as they lie, so the true floor is a little higher.
 """
 
 from __future__ import annotations
@@ -107,8 +107,50 @@ WAYS: dict[str, Way] = {
 }
 
 
+NORMS = (nn.BatchNorm2d, nn.LayerNorm)
+LAYERS = (nn.Linear, nn.Conv2d, *NORMS)
+
+
+def normalised(site: Site) -> list[Tensor]:
+    """Σ δ x̂ and Σ δ of each row, for a norm layer."""
+    module, x, d = site.module, site.x, site.d
+    n = len(x)
+    if isinstance(module, nn.LayerNorm):
+        at = nn.functional.layer_norm(x, module.normalized_shape, None, None, module.eps)
+        return [(at * d).reshape(n, -1, x.shape[-1]).sum(1), d.reshape(n, -1, x.shape[-1]).sum(1)]
+    # Every channel of every row as a channel: the kernel's sums over rows are then sums over one.
+    shape = (1, n * x.shape[1], *x.shape[2:])
+    mean, variance = module.running_mean.repeat(n), module.running_var.repeat(n)
+    _, *sums = torch.ops.aten.native_batch_norm_backward(
+        d.reshape(shape),
+        x.reshape(shape),
+        None,
+        mean,
+        variance,
+        None,
+        None,
+        False,
+        module.eps,
+        [False, True, True],
+    )
+    return [part.view(n, -1) for part in sums]
+
+
+def small(sites: list[Site], ways: dict[str, str]) -> Tensor:
+    """Gradients of norm layers, and of biases whose weights are not left in factors, side by side [n, p]."""
+    out = [sites[0].x.new_zeros(len(sites[0].x), 0)]
+    for site in sites:
+        if isinstance(site.module, NORMS):
+            out += normalised(site)
+        elif site.module.bias is not None and ways[site.name] != "factors":
+            picture = isinstance(site.module, nn.Conv2d)
+            flat = site.d.flatten(2) if picture else site.d.reshape(len(site.d), -1, site.d.shape[-1])
+            out.append(flat.sum(2 if picture else 1))
+    return torch.cat(out, 1)
+
+
 class Passes:
-    """Forward and backward passes with every parameter frozen, to the outputs of linear layers and convolutions."""
+    """Forward and backward passes with every parameter frozen, to the outputs of layers."""
 
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
@@ -121,7 +163,7 @@ class Passes:
         first = next(m for m in model.modules() if list(m.parameters(recurse=False)))
         handles = [first.register_forward_hook(lambda _, __, output: output.detach().requires_grad_())]
         for name, module in model.named_modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
+            if isinstance(module, LAYERS):
                 handles.append(module.register_forward_hook(partial(self._keep, name)))
         model.requires_grad_(False)
         try:
@@ -155,7 +197,7 @@ def without_weights(workload: Workload, passes: Passes) -> None:
 
 
 def program(workload: Workload, passes: Passes, ways: dict[str, str], size: int, verb: str) -> Tensor:
-    """The hand-written program: scores [q, n] of these layers' weights, or each row's squared norms [n]."""
+    """The hand-written program: scores [q, n] of these layers' parameters, or each row's squared norms [n]."""
     total: Any = 0
     with passes.open():
         for checkpoint, rate in zip(workload.trajectory, peers.rates(workload), strict=True):
@@ -173,47 +215,63 @@ def program(workload: Workload, passes: Passes, ways: dict[str, str], size: int,
     return total
 
 
-def held(parts: list[list[Site]], ways: dict[str, str]) -> list[tuple[Tensor, ...]]:
-    """The queries' gradients, [q, p] but laid out along p, or their factors [q·t, i] and [q·t, o]."""
-    out: list[tuple[Tensor, ...]] = []
-    for same in zip(*parts, strict=True):
+@dataclass(frozen=True)
+class Held:
+    """The queries: gradients [q, p] but laid out along p, or factors [q·t, i] and [q·t, o], by layer; and the small ones."""
+
+    layers: dict[str, tuple[Tensor, ...]]
+    small: Tensor
+
+
+def heavy(sites: list[Site]) -> list[Site]:
+    return [site for site in sites if not isinstance(site.module, NORMS)]
+
+
+def held(parts: list[list[Site]], ways: dict[str, str]) -> Held:
+    """The queries' gradients from their batches."""
+    out: dict[str, tuple[Tensor, ...]] = {}
+    for same in zip(*map(heavy, parts), strict=True):
         if way := WAYS.get(ways[same[0].name]):
-            out.append((torch.cat([way(site.x, site.d, site.module).mT for site in same], 1).mT,))
+            out[same[0].name] = (torch.cat([way(site.x, site.d, site.module).mT for site in same], 1).mT,)
         else:
             flat = [[leaf.reshape(-1, leaf.shape[-1]) for leaf in (site.x, site.d)] for site in same]
-            out.append(tuple(torch.cat(leaves) for leaves in zip(*flat, strict=True)))
-    return out
+            out[same[0].name] = tuple(torch.cat(leaves) for leaves in zip(*flat, strict=True))
+    return Held(out, torch.cat([small(sites, ways) for sites in parts]))
 
 
-def products(sites: list[Site], queries: list[tuple[Tensor, ...]], ways: dict[str, str]) -> Tensor:
+def products(sites: list[Site], queries: Held, ways: dict[str, str]) -> Tensor:
     """Σ over layers of the products with the queries, [q, n]."""
-    total: Any = 0
-    for site, query in zip(sites, queries, strict=True):
+    total = queries.small @ small(sites, ways).mT
+    for site in heavy(sites):
+        query = queries.layers[site.name]
         if way := WAYS.get(ways[site.name]):
-            total = total + query[0] @ way(site.x, site.d, site.module).mT
+            total += query[0] @ way(site.x, site.d, site.module).mT
         else:
-            total = total + factored(site, *query)
+            total += factored(site, *query)
     return total
 
 
 def factored(site: Site, a: Tensor, b: Tensor) -> Tensor:
-    """Σ over the token pairs of (a·a')(δ·δ'), [q, n]."""
+    """Σ over the token pairs of (a·a' + 1)(δ·δ'), the 1 where there is a bias, [q, n]."""
     x, d = (leaf.reshape(-1, leaf.shape[-1]) for leaf in (site.x, site.d))
     tokens = len(x) // len(site.x)
-    pairs = (a @ x.mT).mul_(b @ d.mT)
+    pairs = a @ x.mT
+    if site.module.bias is not None:
+        pairs += 1
+    pairs *= b @ d.mT
     return pairs.view(len(a) // tokens, tokens, -1, tokens).sum((1, 3)) if tokens > 1 else pairs
 
 
 def norms(sites: list[Site], ways: dict[str, str]) -> Tensor:
     """Σ over layers of each row's squared norm, [n]."""
-    total: Any = 0
-    for site in sites:
+    total = torch.linalg.vector_norm(small(sites, ways), dim=1).square()
+    for site in heavy(sites):
         if way := WAYS.get(ways[site.name]):
-            total = total + torch.linalg.vector_norm(way(site.x, site.d, site.module), dim=1).square()
+            total += torch.linalg.vector_norm(way(site.x, site.d, site.module), dim=1).square()
         else:
             x, d = (leaf.reshape(len(leaf), -1, leaf.shape[-1]) for leaf in (site.x, site.d))
-            pairs = (x @ x.mT).mul_(d @ d.mT)
-            total = total + pairs.sum((1, 2))
+            pairs = x @ x.mT + (site.module.bias is not None)
+            total += pairs.mul_(d @ d.mT).sum((1, 2))
     return total
 
 
@@ -279,7 +337,7 @@ def least(workload: Workload, verb: str, now: Callable[[], float]) -> Least:
     n, m, checkpoints = len(workload.train[0]), len(workload.queries[0]), len(workload.trajectory)
     size, layers = len(batch[0]), []
     asked = 0 if verb == "self_influence" else m
-    for site in found:
+    for site in heavy(found):
         ordinary, per_row, products, way = costs(site, m, partial(seconds_of, now=now))
         every, train = (n + asked) / size * checkpoints, n / size * checkpoints
         what = type(site.module).__name__ + " " + "×".join(map(str, site.module.weight.shape))

@@ -137,10 +137,10 @@ turns with the plain pass; a stage that calls another is not charged for it. All
 one plain pass.
 
 What an exact method cannot save is measured by a program that was written by hand for these models, with torch alone
-(`benchmarks/floor.py`): the forward pass; the backward pass with every parameter frozen; the weight gradients of each row of
-linear layers and convolutions, in the cheapest of the known exact ways, which it is told beforehand; and their products with
-the queries'. It leaves out biases, norm layers and embeddings, checks nothing, and finds no routes. It runs in turns with the
-plain pass and with ours, so that what slows one slows all. The tables of layers are measured one after another, on one batch.
+(`benchmarks/floor.py`): the forward pass; the backward pass with every parameter frozen; each row's gradients of linear
+layers, convolutions and norm layers, in the cheapest of the known exact ways, which it is told beforehand; and their products
+with the queries'. It leaves out embeddings, checks nothing, and finds no routes. It runs in turns with the plain pass and with
+ours, so that what slows one slows all. The tables of layers are measured one after another, on one batch.
 """
 
 

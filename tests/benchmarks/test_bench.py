@@ -133,19 +133,19 @@ def test_the_floors_ways_give_each_rows_gradient(stride: int, padding: Any, dila
 
 
 def convolutions() -> nn.Module:
-    """Nothing but layers that the program written by hand counts."""
+    """Layers with a bias and without, and batch norm."""
     torch.manual_seed(3)
     return nn.Sequential(
-        nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.Tanh(), nn.Conv2d(4, 6, 3, 2, bias=False), nn.Tanh(),
-        nn.Flatten(), nn.Linear(6 * 9, 5, bias=False), nn.Tanh(), nn.Linear(5, 3, bias=False),
+        nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.Tanh(), nn.Conv2d(4, 6, 3, 2), nn.Tanh(),
+        nn.Flatten(), nn.Linear(6 * 9, 5), nn.Tanh(), nn.Linear(5, 3, bias=False),
     )  # fmt: skip
 
 
 def words() -> nn.Module:
-    """Linear layers that are used several times in a row."""
+    """Linear layers that are used several times in a row, and layer norm."""
     torch.manual_seed(4)
-    layers = (nn.Linear(6, 8, bias=False), nn.Tanh(), nn.Linear(8, 3, bias=False))
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(21, 3, bias=False))
+    layers = (nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3, bias=False))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(21, 3))
 
 
 @pytest.mark.parametrize("ways", [None, "factors"])
