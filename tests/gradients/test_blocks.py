@@ -360,6 +360,17 @@ def test_batches_side_by_side(make: Callable[[int, int], Made]) -> None:
     close(joined.materialise(), torch.cat([truth for _, truth in made]), "concatenate")
 
 
+@pytest.mark.parametrize(("channels", "kernel"), [(1, 6), (6, 1)], ids=["one channel", "pointwise"])
+def test_a_sum_leaves_filters_as_they_were(channels: int, kernel: int) -> None:
+    """Where both orders of entries are the same, what is multiplied out may be the filters' own memory."""
+    values, more = normal(3, SIZE, seed=1), normal(3, SIZE, seed=2)
+    block = Filters(values, ConvolutionShape(OUT, channels, (kernel,), (1,), (1,), 1, (0,)))
+    total = Sum((Dense(more), block))
+    for _ in range(2):
+        close(total.materialise(), values + more, "the sum")
+    close(block.values, normal(3, SIZE, seed=1), "the filters after their use")
+
+
 def test_filters_beside_dense() -> None:
     (first, a), (other, b) = filters(3, 1), dense(2, 2)
     assert isinstance(concatenate([first, filters(1, 3)[0]]), Filters)

@@ -270,7 +270,8 @@ class Convolution(Block):
         return self.multiplied_out().materialise()
 
     def total(self) -> Float[Tensor, " p"]:
-        return _total_in_tiles(self)
+        parts = [self.rows(*span).multiplied_out().total() for span in tiles(len(self), self.size)]
+        return torch.stack(parts).sum(0)
 
     def outer(self) -> Outer:
         """The same gradients as patches and δ, for a convolution without groups."""
@@ -409,7 +410,7 @@ class Sum(Block):
         others = [part for part in self.parts if not isinstance(part, Rows)]
         first = others.pop() if others else tables.pop()
         total = first.materialise()
-        if isinstance(first, Dense):
+        if isinstance(first, Dense | Filters):  # which may have given their own values
             total = total.clone()
         for part in others:
             total += part.materialise()
@@ -436,11 +437,6 @@ def _add_rows(table: Tensor, index: Tensor, values: Tensor) -> Tensor:
         # By sorting, where index_add_ adds in the order in which threads arrive.
         return table.index_put_((index,), values, accumulate=True)
     return table.index_add_(0, index, values)
-
-
-def _total_in_tiles(block: Block) -> Float[Tensor, " p"]:
-    parts = [block.rows(start, stop).materialise().sum(0) for start, stop in tiles(len(block), block.size)]
-    return torch.stack(parts).sum(0)
 
 
 def _squared_norm_in_tiles(block: Block) -> Float[Tensor, " n"]:

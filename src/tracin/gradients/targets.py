@@ -141,9 +141,9 @@ def _add_multiplied_out(block: Convolution, members: Members, out: Tensor) -> Te
     of_row = torch.arange(len(groups), device=out.device).repeat_interleave(sizes, output_size=len(block))
     seen = []
     for start, stop in tiles(len(block), block.size):
-        values = block.rows(start, stop).materialise()
-        member = torch.nn.functional.one_hot(of_row[start:stop], len(groups)).to(values.dtype)
-        sums = member.mT @ values
+        rows = block.rows(start, stop).multiplied_out()
+        member = torch.nn.functional.one_hot(of_row[start:stop], len(groups)).to(rows.values.dtype)
+        sums = replace(rows, values=member.mT @ rows.values).materialise()
         out[groups] += sums
         seen.append(sums.sum())
     return torch.stack(seen).sum()
