@@ -226,12 +226,22 @@ def test_the_norm_by_each_route(
 @pytest.mark.parametrize(
     ("channels", "out", "side", "stride", "dilation"), [(12, 10, 2, 1, 1), (12, 10, 5, 2, 2), (2, 3, 6, 1, 1)]
 )
+@pytest.mark.parametrize("small", [True, False])
 @tiles
 def test_the_norm_of_a_convolution_by_each_route(
-    channels: int, out: int, side: int, stride: int, dilation: int, tile: int, monkeypatch: pytest.MonkeyPatch
+    channels: int,
+    out: int,
+    side: int,
+    stride: int,
+    dilation: int,
+    small: bool,
+    tile: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Few pixels of many channels (by the Gram matrices), many pixels of few (multiplied out)."""
+    """Few pixels of many channels (by the Gram matrices), many pixels of few (multiplied out), in both orders."""
     monkeypatch.setattr(blocks, "TILE", tile)
+    if not small:
+        monkeypatch.setattr(gradients_of_convolutions, "FEW_PIXELS", 0)
     layer = nn.Conv2d(channels, out, 3, stride, padding=dilation, dilation=dilation, bias=False).double()
     x = normal(4, channels, side, side, seed=1)
     output = layer(x)
@@ -241,6 +251,8 @@ def test_the_norm_of_a_convolution_by_each_route(
         [torch.autograd.grad(layer(x[row : row + 1]), layer.weight, d[row : row + 1])[0] for row in range(4)]
     )
     close(block.squared_norm(), truth.flatten(1).square().sum(1), "squared_norm")
+    assert isinstance(block.multiplied_out(), Filters if small else Dense)
+    close(block.total(), truth.sum(0).flatten(), "total")
 
 
 def test_the_norm_of_uses_that_cancel_is_not_negative() -> None:

@@ -27,7 +27,9 @@ from tracin.gradients.convolution import (
     columns,
     kernel_first,
     kernel_first_gradient,
+    kernel_first_patches,
     patches,
+    pixels_first,
     weight_gradient,
 )
 from tracin.shapes import Float, Int
@@ -252,9 +254,13 @@ class Convolution(Block):
         # ‖Σ_t δ_t ⊗ a_t‖² = Σ_ts (a_t·a_s)(δ_t·δ_s)
         parts = []
         for start, stop in tiles(len(self), t * (i + 2 * t)):
-            a = columns(self.x[start:stop, 0], self.shape, tuple(self.d.shape[3:]))  # [n, i, t]
-            d = self.d[start:stop, 0].flatten(2)  # [n, o, t]
-            parts.append((torch.bmm(a.mT, a) * torch.bmm(d.mT, d)).sum((1, 2)))
+            x, d = self.x[start:stop, 0], self.d[start:stop, 0]
+            if kernel_first(d, self.shape):
+                a = kernel_first_patches(x, self.shape, tuple(d.shape[2:]))  # [n, t, i]
+            else:
+                a = columns(x, self.shape, tuple(d.shape[2:])).mT
+            d = pixels_first(d)  # [n, t, o]
+            parts.append((torch.bmm(a, a.mT) * torch.bmm(d, d.mT)).sum((1, 2)))
         return torch.cat(parts).clamp_min(0.0)
 
     def multiplied_out(self) -> Dense | Filters:

@@ -26,7 +26,9 @@ __all__ = [
     "columns",
     "kernel_first",
     "kernel_first_gradient",
+    "kernel_first_patches",
     "patches",
+    "pixels_first",
     "weight_gradient",
 ]
 
@@ -86,13 +88,22 @@ def kernel_first_gradient(x: Tensor, d: Tensor, shape: ConvolutionShape) -> Tens
     Returns:
         Gradients [n, o, kernel·c].
     """
-    n, o, pixels = *d.shape[:2], math.prod(d.shape[2:])
+    a = kernel_first_patches(x, shape, tuple(d.shape[2:]))
+    return torch.bmm(pixels_first(d).mT, a)
+
+
+def kernel_first_patches(x: Tensor, shape: ConvolutionShape, pixels: tuple[int, ...]) -> Tensor:
+    """Patches of pictures x [n, c, *space] as [n, pixels, kernel·c] (channels fastest)."""
     inside = x.movedim(1, -1)  # [n, *space, c]
     inside = (F.pad(inside, [0, 0, *_sides(shape)]) if any(shape.padding) else inside).contiguous()
     unpadded = replace(shape, padding=(0,) * len(shape.padding))
-    view = _windows(inside.movedim(-1, 1), unpadded, tuple(d.shape[2:])).movedim(1, -1)
-    a = view.reshape(n, pixels, math.prod(shape.kernel) * shape.in_channels)
-    return torch.bmm(d.movedim(1, -1).reshape(n, pixels, o).mT, a)
+    view = _windows(inside.movedim(-1, 1), unpadded, pixels).movedim(1, -1)
+    return view.reshape(len(x), math.prod(pixels), math.prod(shape.kernel) * shape.in_channels)
+
+
+def pixels_first(d: Tensor) -> Tensor:
+    """Maps [n, o, *pixels] as [n, pixels, o]."""
+    return d.movedim(1, -1).reshape(len(d), -1, d.shape[1])
 
 
 def patches(x: Tensor, shape: ConvolutionShape, pixels: tuple[int, ...] | None = None) -> Tensor:
