@@ -147,6 +147,15 @@ def test_weight_and_bias_are_read_in_one_go(cls: type[nn.Module], monkeypatch: p
     assert asked == [frozenset({"weight", "bias"})]
 
 
+def test_a_convolution_that_is_called_twice_stays_on_the_fast_route() -> None:
+    """Its uses are added up in the order in which they come, which is not that of the weight."""
+    common = nn.Conv2d(2, 2, 3, padding=1)
+    model = build(lambda: nn.Sequential(common, nn.Tanh(), common, nn.Flatten(), nn.Linear(50, 3)), FLOAT64)
+    source = wired(source_of(model, (normal(6, 2, 5, 5, seed=1), torch.arange(6) % 3), loss))
+    assert source.wiring.route("0.weight").startswith("rule")
+    assert_exact(source)
+
+
 @pytest.mark.parametrize("cached", [1, 40, 1 << 18], ids=["row by row", "some tiles", "one tile"])
 @pytest.mark.parametrize("k", [1, 2])
 def test_batch_norm_where_channels_lie_side_by_side(

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gradients.common import normal
-from tracin.gradients.blocks import Dense, Outer, Rows, Sum
+from tracin.gradients.blocks import Convolution, Dense, Filters, Outer, Rows, Sum
+from tracin.gradients.convolution import ConvolutionShape
 from tracin.gradients.targets import Factors, GroupSums, Members, dot_targets
 
 CPU = torch.device("cpu")
@@ -103,6 +104,25 @@ def test_more_uses_on_the_train_side_and_a_shared_weight() -> None:
     torch.testing.assert_close(
         dot_targets(both, target), both.materialise() @ truth.mT, rtol=1e-10, atol=1e-9
     )
+
+
+@pytest.mark.parametrize("pixels", [5, 65], ids=["kernel first", "channels first"])
+@pytest.mark.parametrize("multiplied_out", [False, True])
+def test_sums_of_convolutions(pixels: int, multiplied_out: bool) -> None:
+    """Groups that come in any order, and rows of none."""
+    x, d = normal(5, 1, 2, pixels + 2, seed=1), normal(5, 1, 3, pixels, seed=2)
+    block = Convolution(x, d, ConvolutionShape(3, 2, (3,), (1,), (1,), 1, (0,)))
+    whole = torch.einsum("nop,ncpk->nock", d[:, 0], x[:, 0].unfold(2, 3, 1)).reshape(5, -1)
+    group = torch.tensor([2, 0, -1, 2, 1])
+    sums = GroupSums(3, 4, 1, LIKE)
+    out = block.multiplied_out()
+    assert isinstance(out, Filters if pixels == 5 else Dense)
+    sums.add(out if multiplied_out else block, Members.of(group, CPU))
+    target, truth = sums.target(), sums_of(whole, group, 3)
+    assert isinstance(target, Dense)
+    torch.testing.assert_close(target.values, truth, rtol=1e-12, atol=1e-12)
+    for train in (block, out):
+        torch.testing.assert_close(dot_targets(train, target), whole @ truth.mT, rtol=1e-10, atol=1e-10)
 
 
 def test_views_do_not_keep_what_they_look_at_alive() -> None:
