@@ -33,7 +33,8 @@ __all__ = [
 ]
 
 # Up to so many pixels patches with the kernel first are the cheapest route, however the pictures lie; where their channels lie
-# side by side, also up to so many with this many output channels: measured on two CPU cores.
+# side by side, also up to so many with this many output channels. As `python benchmarks/convolutions.py` found it on two CPU
+# cores, like the bounds below.
 FEW_PIXELS, SOME_PIXELS, MANY_CHANNELS = 64, 256, 64
 
 
@@ -162,7 +163,7 @@ def weight_gradient(x: Tensor, d: Tensor, shape: ConvolutionShape) -> Tensor:
 
 
 def _patches_are_cheaper(d: Tensor, shape: ConvolutionShape) -> bool:
-    """Few input channels, pointwise kernels, many channels on small maps: measured on two CPU cores."""
+    """Few input channels, pointwise kernels, many channels on small maps."""
     # Float64 has no fast convolution.
     inner, pixels = shape.in_channels // shape.groups, d[0, 0].numel()
     many_on_small_maps = pixels <= FEW_PIXELS and inner * shape.out_channels >= 2048
