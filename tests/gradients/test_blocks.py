@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gradients.common import normal, seeded
 from tracin.gradients import blocks
-from tracin.gradients import convolution as gradients_of_convolutions
+from tracin.gradients import convolution as convolutions
 from tracin.gradients.blocks import Block, Convolution, Dense, Filters, Outer, Rows, Sum
 from tracin.gradients.convolution import ConvolutionShape
 from tracin.gradients.products import concatenate, dot, held, widened
@@ -113,6 +113,12 @@ every_kind = pytest.mark.parametrize("make", [*KINDS.values(), *WITH_BIAS.values
 tiles = pytest.mark.parametrize("tile", [blocks.TILE, 40, 1], ids=["one tile", "some tiles", "row by row"])
 
 
+def comes_first(monkeypatch: pytest.MonkeyPatch, yes: bool) -> None:
+    """Whether gradients of convolutions come with the kernel first, whatever their shape."""
+    for module in (blocks, convolutions):
+        monkeypatch.setattr(module, "kernel_first", lambda *_: yes)
+
+
 def close(found: Tensor, truth: Tensor, what: str) -> None:
     assert found.shape == truth.shape, f"{what}: shape {tuple(found.shape)}, not {tuple(truth.shape)}"
     worst, largest = float((found - truth).abs().max()), float(truth.abs().max())
@@ -168,11 +174,49 @@ def test_every_pair_with_a_bias(train: str, queries: str, tile: int, monkeypatch
 def test_queries_with_the_kernel_first(train: str, small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against maps that come in the same order, and against larger ones, which do not."""
     (queries, theirs), (block, mine) = filters(3, 2), KINDS[train](5, 1)
-    if not small:
-        monkeypatch.setattr(gradients_of_convolutions, "FEW_PIXELS", 0)
+    comes_first(monkeypatch, small)
     if isinstance(block, Convolution):
         assert isinstance(block.multiplied_out(), Filters if small else Dense)
     close(dot(block, queries), mine @ theirs.mT, f"{train} · filters")
+
+
+@pytest.mark.parametrize(
+    ("route", "first"),
+    [("kernel_first_gradient", True), ("weight_gradient", False)],
+    ids=["kernel first", "channels first"],
+)
+def test_patches_are_made_in_tiles(route: str, first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patches of many pixels are larger than the weight; float64 goes by them in either order."""
+    (block, truth), seen = convolution(5, 1), []
+    assert isinstance(block, Convolution)
+    patches = block.d.shape[3] * KERNEL * CHANNELS
+    comes_first(monkeypatch, first)
+    monkeypatch.setattr(blocks, "TILE", 2 * patches + 1)
+    taken = getattr(blocks, route)
+
+    def noted(x: Tensor, d: Tensor, shape: ConvolutionShape) -> Tensor:
+        seen.append(len(x))
+        return taken(x, d, shape)
+
+    monkeypatch.setattr(blocks, route, noted)
+    close(block.materialise(), truth, "in tiles")
+    assert seen == [2] * 5, "ten pictures, two at a time"
+
+
+def test_a_grouped_convolution_makes_no_patches(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, d = (normal(5, 1, 4, 20, 20, seed=seed, dtype=torch.float32) for seed in (1, 2))
+    block = Convolution(x, d, ConvolutionShape(4, 4, (3, 3), (1, 1), (1, 1), 1, (1, 1)))
+    seen: list[int] = []
+    taken = blocks.weight_gradient
+
+    def noted(x: Tensor, d: Tensor, shape: ConvolutionShape) -> Tensor:
+        seen.append(len(x))
+        return taken(x, d, shape)
+
+    monkeypatch.setattr(blocks, "TILE", len(x))
+    monkeypatch.setattr(blocks, "weight_gradient", noted)
+    block.materialise()
+    assert seen == [5]
 
 
 @pytest.mark.parametrize(
@@ -240,8 +284,7 @@ def test_the_norm_of_a_convolution_by_each_route(
 ) -> None:
     """Few pixels of many channels (by the Gram matrices), many pixels of few (multiplied out), in both orders."""
     monkeypatch.setattr(blocks, "TILE", tile)
-    if not small:
-        monkeypatch.setattr(gradients_of_convolutions, "FEW_PIXELS", 0)
+    comes_first(monkeypatch, small)
     layer = nn.Conv2d(channels, out, 3, stride, padding=dilation, dilation=dilation, bias=False).double()
     x = normal(4, channels, side, side, seed=1)
     output = layer(x)
@@ -329,7 +372,7 @@ def kinds_held(make: Callable[[int, int], Made], train_rows: Sequence[int]) -> s
     return found
 
 
-def test_queries_are_held_in_the_cheaper_way() -> None:
+def test_queries_are_held_in_the_cheaper_way(monkeypatch: pytest.MonkeyPatch) -> None:
     def wide(n: int, seed: int) -> Made:
         a, d = normal(n, 1, 40, seed=seed), normal(n, 1, 40, seed=seed + 1)
         return Outer(a, d), torch.einsum("nto,nti->noi", d, a).reshape(n, -1)
@@ -349,7 +392,9 @@ def test_queries_are_held_in_the_cheaper_way() -> None:
     assert kinds_held(wide, runs) == {Outer}, "one use of a wide layer: two small products"
     assert kinds_held(outer_of_many_uses, runs) == {Dense}, "five uses of 3 × 6 entries: multiplied out"
     assert kinds_held(picture, runs) == {Outer}, "one pixel of many channels: two small products"
-    assert kinds_held(convolution, runs) == {Filters}, "many pixels of few channels: multiplied out"
+    assert kinds_held(convolution, runs) == {Dense}, "many pixels of few channels: multiplied out"
+    comes_first(monkeypatch, True)
+    assert kinds_held(convolution, runs) == {Filters}, "and with the kernel first where that is cheaper"
     assert kinds_held(filters, runs) == {Filters}, "as they lie"
     assert kinds_held(long_table, runs) == {Rows}, "two words of fifty"
     assert kinds_held(rows, runs) == {Dense}, "four words of three"

@@ -105,13 +105,18 @@ def inside(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("channels", "kernel", "stride", "groups", "pixels", "first", "last"),
     [
-        (16, 3, 1, 1, 64, True, True),
+        (64, 3, 1, 1, 64, True, True),
+        (63, 3, 1, 1, 64, False, True),
+        (90, 3, 1, 1, 81, False, True),
+        (16, 3, 1, 1, 16, True, True),
         (16, 3, 1, 1, 81, False, False),
         (16, 3, 2, 1, 81, False, True),
         (64, 3, 1, 1, 256, False, True),
         (64, 3, 1, 1, 257, False, False),
+        (15, 3, 1, 1, 15, True, False),
+        (15, 3, 2, 1, 81, False, False),
         (16, 1, 1, 1, 400, False, True),
-        (16, 1, 1, 1, 4, False, True),
+        (15, 1, 1, 1, 4, False, True),
         (16, 3, 2, 2, 16, False, False),
     ],
 )

@@ -28,6 +28,7 @@ from tracin.gradients.convolution import (
     kernel_first,
     kernel_first_gradient,
     kernel_first_patches,
+    patch_elements,
     patches,
     pixels_first,
     weight_gradient,
@@ -268,7 +269,10 @@ class Convolution(Block):
         n, k = self.x.shape[:2]
         x, d = self.x.flatten(0, 1), self.d.flatten(0, 1)
         first = kernel_first(d, self.shape)
-        values = (kernel_first_gradient if first else weight_gradient)(x, d, self.shape)
+        route = kernel_first_gradient if first else weight_gradient
+        spans = tiles(len(x), patch_elements(d, self.shape))
+        parts = [route(x[start:stop], d[start:stop], self.shape) for start, stop in spans]
+        values = parts[0] if len(parts) == 1 else torch.cat(parts)
         values = values.view(n, k, -1).sum(1) if k > 1 else values.view(n, -1)
         return Filters(values, self.shape) if first else Dense(values)
 

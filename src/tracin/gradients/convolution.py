@@ -27,15 +27,16 @@ __all__ = [
     "kernel_first",
     "kernel_first_gradient",
     "kernel_first_patches",
+    "patch_elements",
     "patches",
     "pixels_first",
     "weight_gradient",
 ]
 
-# Up to so many pixels patches with the kernel first are the cheapest route, however the pictures lie; where their channels lie
-# side by side, also up to so many with this many output channels. As `python benchmarks/convolutions.py` found it on two CPU
-# cores, like the bounds below.
-FEW_PIXELS, SOME_PIXELS, MANY_CHANNELS = 64, 256, 64
+# Up to so many pixels patches with the kernel first are the cheapest route, unless output channels are fewer than pixels; where
+# channels lie side by side, also with some output channels, and up to more pixels with many. As
+# `python benchmarks/convolutions.py` found it on two CPU cores, like the bounds below.
+FEW_PIXELS, SOME_CHANNELS, SOME_PIXELS, MANY_CHANNELS = 64, 16, 256, 64
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,28 @@ def kernel_first(d: Tensor, shape: ConvolutionShape) -> bool:
     Returns:
         True for small maps; where channels lie side by side also for strides, pointwise kernels and many channels.
     """
-    pixels, pointwise = math.prod(d.shape[2:]), math.prod(shape.kernel) == 1
+    pixels, pointwise, o = math.prod(d.shape[2:]), math.prod(shape.kernel) == 1, shape.out_channels
     if shape.groups > 1:
         return False
-    if d.shape[1] == 1 or d.stride(1) > 1:
-        return pixels <= FEW_PIXELS and not pointwise
-    many = pixels <= SOME_PIXELS and shape.out_channels >= MANY_CHANNELS
-    return pixels <= FEW_PIXELS or pointwise or many or min(shape.stride) > 1
+    if o == 1 or d.stride(1) > 1:
+        return pixels <= min(FEW_PIXELS, o) and not pointwise
+    most = SOME_PIXELS if o >= MANY_CHANNELS else FEW_PIXELS
+    return pointwise or (o >= SOME_CHANNELS and (pixels <= most or min(shape.stride) > 1))
+
+
+def patch_elements(d: Tensor, shape: ConvolutionShape) -> int:
+    """Elements of the patches that the cheapest route makes of one picture; 0 where it makes none.
+
+    Args:
+        d: δ at the outputs [n, o, *pixels].
+        shape: The geometry.
+
+    Returns:
+        How many.
+    """
+    if not (kernel_first(d, shape) or _patches_are_cheaper(d, shape)):
+        return 0
+    return math.prod(d.shape[2:]) * math.prod(shape.kernel) * shape.in_channels
 
 
 def kernel_first_gradient(x: Tensor, d: Tensor, shape: ConvolutionShape) -> Tensor:
