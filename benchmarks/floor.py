@@ -224,6 +224,7 @@ class Held:
 
 
 def heavy(sites: list[Site]) -> list[Site]:
+    """Linear layers and convolutions, whose gradients have a way each."""
     return [site for site in sites if not isinstance(site.module, NORMS)]
 
 

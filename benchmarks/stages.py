@@ -159,8 +159,11 @@ def _compared(seconds: list[float], passes: list[float], totals: list[float]) ->
     ratios = [one / base for one, base in zip(seconds, passes, strict=True)]
     ours_over = statistics.median(total / one for one, total in zip(seconds, totals, strict=True))
     return {
-        "ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios), "ours": ours_over,
-    }  # fmt: skip
+        "ratio": statistics.median(ratios),
+        "low": min(ratios),
+        "high": max(ratios),
+        "ours": ours_over,
+    }
 
 
 def _listed(clocks: Sequence[Clock], places: Mapping[str, Any], total: float) -> Listed:

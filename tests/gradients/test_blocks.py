@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gradients.common import normal, seeded
-from tracin.gradients import blocks
+from tracin.gradients import blocks, pictures
 from tracin.gradients import convolution as convolutions
-from tracin.gradients.blocks import Block, Convolution, Dense, Filters, Outer, Rows, Sum
+from tracin.gradients.blocks import Block, Dense, Outer, Rows, Sum
 from tracin.gradients.convolution import ConvolutionShape
+from tracin.gradients.pictures import Convolution, Filters
 from tracin.gradients.products import concatenate, dot, held, widened
 from tracin.gradients.rules import convolution_block
 
@@ -115,7 +116,7 @@ tiles = pytest.mark.parametrize("tile", [blocks.TILE, 40, 1], ids=["one tile", "
 
 def comes_first(monkeypatch: pytest.MonkeyPatch, yes: bool) -> None:
     """Whether gradients of convolutions come with the kernel first, whatever their shape."""
-    for module in (blocks, convolutions):
+    for module in (pictures, convolutions):
         monkeypatch.setattr(module, "kernel_first", lambda *_: yes)
 
 
@@ -192,13 +193,13 @@ def test_patches_are_made_in_tiles(route: str, first: bool, monkeypatch: pytest.
     patches = block.d.shape[3] * KERNEL * CHANNELS
     comes_first(monkeypatch, first)
     monkeypatch.setattr(blocks, "TILE", 2 * patches + 1)
-    taken = getattr(blocks, route)
+    taken = getattr(pictures, route)
 
     def noted(x: Tensor, d: Tensor, shape: ConvolutionShape) -> Tensor:
         seen.append(len(x))
         return taken(x, d, shape)
 
-    monkeypatch.setattr(blocks, route, noted)
+    monkeypatch.setattr(pictures, route, noted)
     close(block.materialise(), truth, "in tiles")
     assert seen == [2] * 5, "ten pictures, two at a time"
 
@@ -207,14 +208,14 @@ def test_a_grouped_convolution_makes_no_patches(monkeypatch: pytest.MonkeyPatch)
     x, d = (normal(5, 1, 4, 20, 20, seed=seed, dtype=torch.float32) for seed in (1, 2))
     block = Convolution(x, d, ConvolutionShape(4, 4, (3, 3), (1, 1), (1, 1), 1, (1, 1)))
     seen: list[int] = []
-    taken = blocks.weight_gradient
+    taken = pictures.weight_gradient
 
     def noted(x: Tensor, d: Tensor, shape: ConvolutionShape) -> Tensor:
         seen.append(len(x))
         return taken(x, d, shape)
 
     monkeypatch.setattr(blocks, "TILE", len(x))
-    monkeypatch.setattr(blocks, "weight_gradient", noted)
+    monkeypatch.setattr(pictures, "weight_gradient", noted)
     block.materialise()
     assert seen == [5]
 

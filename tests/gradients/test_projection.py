@@ -18,9 +18,10 @@ from gradients.layers import LAYERS, TYPICAL, Layer, loss
 from tracin.errors import OptionError
 from tracin.gradients import features as features_module
 from tracin.gradients import signs as signs_module
-from tracin.gradients.blocks import Block, Convolution, Dense, Outer, Rows, Sum
+from tracin.gradients.blocks import Block, Dense, Outer, Rows, Sum
 from tracin.gradients.convolution import ConvolutionShape
 from tracin.gradients.features import Projector, project
+from tracin.gradients.pictures import Convolution
 from tracin.gradients.projection import KINDS, ParameterProjection, Projection, projected_sizes
 from tracin.gradients.signs import Signs, key_of
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gradients.common import assert_exact, build, normal, source_of, traced, wired
 from gradients.layers import LAYERS, TYPICAL, Layer, loss
-from tracin.gradients import blocks, rules
+from tracin.gradients import pictures, rules
 from tracin.gradients.rules import RULES, rule_for
 
 FLOAT64 = torch.float64
@@ -149,7 +149,7 @@ def test_weight_and_bias_are_read_in_one_go(cls: type[nn.Module], monkeypatch: p
 
 def test_a_convolution_that_is_called_twice_stays_on_the_fast_route(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its uses are added up in the order in which they come, which is not that of the weight."""
-    monkeypatch.setattr(blocks, "kernel_first", lambda *_: True)
+    monkeypatch.setattr(pictures, "kernel_first", lambda *_: True)
     common = nn.Conv2d(2, 2, 3, padding=1)
     model = build(lambda: nn.Sequential(common, nn.Tanh(), common, nn.Flatten(), nn.Linear(50, 3)), FLOAT64)
     source = wired(source_of(model, (normal(6, 2, 5, 5, seed=1), torch.arange(6) % 3), loss))

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gradients.common import normal
-from tracin.gradients import blocks
-from tracin.gradients.blocks import Convolution, Dense, Filters, Outer, Rows, Sum
+from tracin.gradients import pictures
+from tracin.gradients.blocks import Dense, Outer, Rows, Sum
 from tracin.gradients.convolution import ConvolutionShape
+from tracin.gradients.pictures import Convolution, Filters
 from tracin.gradients.targets import Factors, GroupSums, Members, dot_targets
 
 CPU = torch.device("cpu")
@@ -111,7 +112,7 @@ def test_more_uses_on_the_train_side_and_a_shared_weight() -> None:
 @pytest.mark.parametrize("multiplied_out", [False, True])
 def test_sums_of_convolutions(first: bool, multiplied_out: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups that come in any order, and rows of none."""
-    monkeypatch.setattr(blocks, "kernel_first", lambda *_: first)
+    monkeypatch.setattr(pictures, "kernel_first", lambda *_: first)
     x, d = normal(5, 1, 2, 7, seed=1), normal(5, 1, 3, 5, seed=2)
     block = Convolution(x, d, ConvolutionShape(3, 2, (3,), (1,), (1,), 1, (0,)))
     whole = torch.einsum("nop,ncpk->nock", d[:, 0], x[:, 0].unfold(2, 3, 1)).reshape(5, -1)

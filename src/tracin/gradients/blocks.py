@@ -3,11 +3,10 @@ r"""How a batch of per-example gradients of one parameter (or a weight with its 
 For a layer used t times per example the gradient of example n is :math:`\sum_t \delta_{nt} \otimes a_{nt}`.
 
 - ``Outer``: the two factors, a [n, t, i] and δ [n, t, o]; a bias is one more column of a.
-- ``Convolution``: the layer's input and δ; patches or weight gradients are made when asked for.
 - ``Rows``: the touched rows of an embedding, index [n, t] and δ [n, t, o].
 - ``Dense``: multiplied out, [n, p].
-- ``Filters``: a convolution's weight, multiplied out with the kernel before the input channels.
-- ``Sum``: several of the above for one parameter (a weight shared by two modules): cross terms count.
+- ``Convolution`` and ``Filters``, in ``pictures``.
+- ``Sum``: several of these for one parameter (a weight shared by two modules): cross terms count.
 
 Every block knows ``squared_norm() [n]``, ``materialise() [n, p]``, ``total() [p]``, ``scaled(rates)`` and
 ``weighted(weights)``; ``products`` multiplies two of them.
@@ -22,20 +21,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tracin.gradients.convolution import (
-    ConvolutionShape,
-    columns,
-    kernel_first,
-    kernel_first_gradient,
-    kernel_first_patches,
-    patch_elements,
-    patches,
-    pixels_first,
-    weight_gradient,
-)
 from tracin.shapes import Float, Int
 
-__all__ = ["TILE", "Block", "Convolution", "Dense", "Filters", "Outer", "Rows", "Sum", "tiles"]
+__all__ = ["TILE", "Block", "Dense", "MultipliedOut", "Outer", "Rows", "Sum", "tiles", "total_bytes"]
 
 # Largest temporary that one product makes, in elements: 7 Mi float32 are 28 MiB. From 32 MiB on glibc asks the system for
 # every block anew.
@@ -88,7 +76,8 @@ class Block(ABC):
         return (self.materialise(),)
 
 
-def _bytes(*tensors: Tensor) -> int:
+def total_bytes(*tensors: Tensor) -> int:
+    """Memory of some tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -100,18 +89,17 @@ def tiles(n: int, per_row: int) -> Iterator[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
-class Dense(Block):
-    """Multiplied out: values [n, p]; ``splits`` are the sizes of the parameters where there are several."""
+class MultipliedOut(Block):
+    """Every entry of every gradient, values [n, p]; their order is up to the kind."""
 
     values: Float[Tensor, "n p"]
-    splits: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.values)
 
     @property
     def nbytes(self) -> int:
-        return _bytes(self.values)
+        return total_bytes(self.values)
 
     @property
     def size(self) -> int:
@@ -119,6 +107,13 @@ class Dense(Block):
 
     def squared_norm(self) -> Float[Tensor, " n"]:
         return torch.linalg.vector_norm(self.values, dim=1).square()
+
+
+@dataclass(frozen=True)
+class Dense(MultipliedOut):
+    """In the parameters' own order; ``splits`` are the sizes of the parameters where there are several."""
+
+    splits: tuple[int, ...] | None = None
 
     def materialise(self) -> Float[Tensor, "n p"]:
         return self.values
@@ -141,7 +136,7 @@ class Dense(Block):
         return replace(self, values=self.values * weights.to(self.values.dtype)[:, None])
 
     def rows(self, start: int, stop: int) -> Dense:
-        return Dense(self.values[start:stop], self.splits)
+        return replace(self, values=self.values[start:stop])
 
 
 @dataclass(frozen=True)
@@ -157,7 +152,7 @@ class Outer(Block):
 
     @property
     def nbytes(self) -> int:
-        return _bytes(self.a, self.d)
+        return total_bytes(self.a, self.d)
 
     @property
     def size(self) -> int:
@@ -228,119 +223,6 @@ class Outer(Block):
 
 
 @dataclass(frozen=True)
-class Convolution(Block):
-    """A convolution's input x [n, k, c, ...] and δ [n, k, o, ...]: k pictures per example."""
-
-    x: Float[Tensor, "n k c ..."]
-    d: Float[Tensor, "n k o ..."]
-    shape: ConvolutionShape
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    @property
-    def nbytes(self) -> int:
-        return _bytes(self.x, self.d)
-
-    @property
-    def size(self) -> int:
-        return self.shape.weight_size
-
-    def squared_norm(self) -> Float[Tensor, " n"]:
-        o, t = self.shape.out_channels, self.d[0, 0, 0].numel()
-        i = self.size // o
-        if self.x.shape[1] > 1 or self.shape.groups > 1 or t * (i + o) >= i * o:
-            spans = tiles(len(self), self.size)
-            return torch.cat([self.rows(*span).multiplied_out().squared_norm() for span in spans])
-        # ‖Σ_t δ_t ⊗ a_t‖² = Σ_ts (a_t·a_s)(δ_t·δ_s)
-        parts = []
-        for start, stop in tiles(len(self), t * (i + 2 * t)):
-            x, d = self.x[start:stop, 0], self.d[start:stop, 0]
-            if kernel_first(d, self.shape):
-                a = kernel_first_patches(x, self.shape, tuple(d.shape[2:]))  # [n, t, i]
-            else:
-                a = columns(x, self.shape, tuple(d.shape[2:])).mT
-            d = pixels_first(d)  # [n, t, o]
-            parts.append((torch.bmm(a, a.mT) * torch.bmm(d, d.mT)).sum((1, 2)))
-        return torch.cat(parts).clamp_min(0.0)
-
-    def multiplied_out(self) -> Dense | Filters:
-        """Multiplied out in the order of entries that costs least."""
-        n, k = self.x.shape[:2]
-        x, d = self.x.flatten(0, 1), self.d.flatten(0, 1)
-        first = kernel_first(d, self.shape)
-        route = kernel_first_gradient if first else weight_gradient
-        spans = tiles(len(x), patch_elements(d, self.shape))
-        parts = [route(x[start:stop], d[start:stop], self.shape) for start, stop in spans]
-        values = parts[0] if len(parts) == 1 else torch.cat(parts)
-        values = values.view(n, k, -1).sum(1) if k > 1 else values.view(n, -1)
-        return Filters(values, self.shape) if first else Dense(values)
-
-    def materialise(self) -> Float[Tensor, "n p"]:
-        return self.multiplied_out().materialise()
-
-    def total(self) -> Float[Tensor, " p"]:
-        parts = [self.rows(*span).multiplied_out().total() for span in tiles(len(self), self.size)]
-        return torch.stack(parts).sum(0)
-
-    def outer(self) -> Outer:
-        """The same gradients as patches and δ, for a convolution without groups."""
-        n = len(self.x)
-        a = patches(self.x.flatten(0, 1), self.shape, tuple(self.d.shape[3:]))
-        d = self.d.flatten(0, 1).flatten(2).mT
-        return Outer(a.reshape(n, -1, a.shape[2]), d.reshape(n, -1, d.shape[2]))
-
-    def scaled(self, rates: Sequence[float]) -> Convolution:
-        (rate,) = rates
-        return replace(self, d=self.d * rate)
-
-    def weighted(self, weights: Tensor) -> Convolution:
-        return replace(self, d=self.d * weights.to(self.d.dtype).view(-1, *[1] * (self.d.dim() - 1)))
-
-    def rows(self, start: int, stop: int) -> Convolution:
-        return replace(self, x=self.x[start:stop], d=self.d[start:stop])
-
-
-@dataclass(frozen=True)
-class Filters(Block):
-    """A convolution's weight, multiplied out: values [n, p] with entries (output channel, kernel, input channel)."""
-
-    values: Float[Tensor, "n p"]
-    shape: ConvolutionShape
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    @property
-    def nbytes(self) -> int:
-        return _bytes(self.values)
-
-    @property
-    def size(self) -> int:
-        return self.values.shape[1]
-
-    def squared_norm(self) -> Float[Tensor, " n"]:
-        return torch.linalg.vector_norm(self.values, dim=1).square()
-
-    def materialise(self) -> Float[Tensor, "n p"]:
-        o, c = self.shape.out_channels, self.shape.in_channels
-        return self.values.view(len(self), o, -1, c).mT.reshape(len(self), -1)
-
-    def total(self) -> Float[Tensor, " p"]:
-        return replace(self, values=self.values.sum(0, keepdim=True)).materialise()[0]
-
-    def scaled(self, rates: Sequence[float]) -> Filters:
-        (rate,) = rates
-        return replace(self, values=self.values * rate)
-
-    def weighted(self, weights: Tensor) -> Filters:
-        return replace(self, values=self.values * weights.to(self.values.dtype)[:, None])
-
-    def rows(self, start: int, stop: int) -> Filters:
-        return replace(self, values=self.values[start:stop])
-
-
-@dataclass(frozen=True)
 class Rows(Block):
     """The touched rows of a table [v, o]: index [n, t], δ [n, t, o]."""
 
@@ -353,7 +235,7 @@ class Rows(Block):
 
     @property
     def nbytes(self) -> int:
-        return _bytes(self.index, self.d)
+        return total_bytes(self.index, self.d)
 
     @property
     def size(self) -> int:
@@ -420,7 +302,7 @@ class Sum(Block):
         others = [part for part in self.parts if not isinstance(part, Rows)]
         first = others.pop() if others else tables.pop()
         total = first.materialise()
-        if isinstance(first, Dense | Filters):  # which may have given their own values
+        if isinstance(first, MultipliedOut):  # which may have given its own values
             total = total.clone()
         for part in others:
             total += part.materialise()

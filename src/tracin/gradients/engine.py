@@ -19,7 +19,7 @@ from tracin.errors import NotFiniteError
 from tracin.gradients import reference, shared
 from tracin.gradients.agreement import accumulation_dtype
 from tracin.gradients.backward import Output, backward, marked_nodes
-from tracin.gradients.blocks import Block, Dense, Filters, Outer, Rows, Sum
+from tracin.gradients.blocks import Block, Dense, MultipliedOut, Outer, Rows, Sum
 from tracin.gradients.capture import Call, Tape, recording, tensors
 from tracin.gradients.graph import Graph, walk
 from tracin.gradients.local import CallLayout
@@ -261,11 +261,10 @@ def _joined(blocks: list[Block]) -> Block:
         return Rows(
             torch.cat([b.index for b in tables], 1), torch.cat([b.d for b in tables], 1), tables[0].length
         )
-    if all(isinstance(block, Dense) for block in blocks):
-        return Dense(torch.stack([block.materialise() for block in blocks]).sum(0))
-    if all(isinstance(block, Filters) for block in blocks):
-        filters = [block for block in blocks if isinstance(block, Filters)]
-        return replace(filters[0], values=torch.stack([block.values for block in filters]).sum(0))
+    kinds = {type(block) for block in blocks}
+    if len(kinds) == 1 and isinstance(blocks[0], MultipliedOut):
+        tables = [block.values for block in blocks if isinstance(block, MultipliedOut)]
+        return replace(blocks[0], values=torch.stack(tables).sum(0))
     return Sum(tuple(blocks))
 
 

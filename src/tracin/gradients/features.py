@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tracin.gradients.blocks import TILE, Block, Convolution, Dense, Outer, Rows, Sum, tiles
+from tracin.gradients.blocks import TILE, Block, Dense, Outer, Rows, Sum, tiles
 from tracin.gradients.convolution import ConvolutionShape, patches
+from tracin.gradients.pictures import Convolution
 from tracin.gradients.projection import ParameterProjection, Projection, projected_sizes
 from tracin.shapes import Float
 

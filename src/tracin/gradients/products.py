@@ -15,7 +15,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tracin.gradients.blocks import Block, Convolution, Dense, Filters, Outer, Rows, Sum, tiles
+from tracin.gradients.blocks import Block, Dense, MultipliedOut, Outer, Rows, Sum, tiles
+from tracin.gradients.pictures import Convolution, Filters
 from tracin.shapes import Float
 
 __all__ = ["concatenate", "dot", "held", "widened"]
@@ -137,11 +138,11 @@ def widened(block: Block) -> Block:
         return replace(block, a=block.a.double(), d=block.d.double())
     if isinstance(block, Rows):
         return replace(block, d=block.d.double())
-    if isinstance(block, Filters):
+    if isinstance(block, MultipliedOut):
         return replace(block, values=block.values.double())
     if isinstance(block, Sum):
         return Sum(tuple(widened(part) for part in block.parts))
-    return Dense(block.materialise().double(), block.splits if isinstance(block, Dense) else None)
+    return Dense(block.materialise().double())
 
 
 def held(block: Block, train_rows: int, train_uses: int | None = None) -> Block:
@@ -186,7 +187,7 @@ def concatenate(blocks: Sequence[Block]) -> Block:
     Returns:
         One block of all examples.
     """
-    if len(blocks) == 1 and not isinstance(blocks[0], Dense | Filters):
+    if len(blocks) == 1 and not isinstance(blocks[0], MultipliedOut):
         return blocks[0]
     if all(isinstance(block, Outer) for block in blocks):
         outers = [block for block in blocks if isinstance(block, Outer)]

@@ -27,13 +27,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from tracin.gradients.blocks import Block, Convolution, Dense, Outer, Rows
+from tracin.gradients.blocks import Block, Dense, Outer, Rows
 from tracin.gradients.convolution import ConvolutionShape
+from tracin.gradients.pictures import Convolution
 from tracin.shapes import Float
 
 __all__ = ["RULES", "Rule", "batch_norm_terms", "convolution_block", "rule_for"]
 
-# Elements of a tensor that stays in the caches beside two of its size: measured on two CPU cores.
+# Elements of a tile, 1 MiB in float32, beside which two more of its size are read.
 CACHED = 1 << 18
 
 # Roles ("weight", "bias") of the parameters that a block holds → the block.

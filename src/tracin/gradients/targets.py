@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn import grad as conv_grad
 
-from tracin.gradients.blocks import Block, Convolution, Dense, Filters, Outer, Rows, Sum, tiles
+from tracin.gradients.blocks import Block, Dense, MultipliedOut, Outer, Rows, Sum, tiles
+from tracin.gradients.pictures import Convolution
 from tracin.gradients.products import concatenate, dot
 from tracin.shapes import Float, Int
 
@@ -119,7 +120,7 @@ def _taken(block: Block, rows: Tensor) -> Block:
         return replace(block, x=block.x[rows], d=block.d[rows])
     if isinstance(block, Rows):
         return replace(block, index=block.index[rows], d=block.d[rows])
-    if isinstance(block, Filters):
+    if isinstance(block, MultipliedOut):
         return replace(block, values=block.values[rows])
     return Dense(block.materialise()[rows])
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tracin.gradients.blocks import Block, Convolution, Outer, Rows, Sum
+from tracin.gradients.blocks import Block, Outer, Rows, Sum
+from tracin.gradients.pictures import Convolution
 from tracin.gradients.sites import Wiring
 
 __all__ = ["Route", "routes_of"]

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from tracin.errors import LoopError, NotFiniteError
 from tracin.gradients.agreement import accumulation_dtype, rounding, tolerance
-from tracin.gradients.blocks import Block, Convolution, Dense, Outer, Rows, Sum
+from tracin.gradients.blocks import Block, Dense, Outer, Rows, Sum
+from tracin.gradients.pictures import Convolution
 from tracin.methods.online.segment import Segment
 
 __all__ = ["Captured", "captured", "common_factor", "each_norm"]
