@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gradients.common import normal
-from tracin.gradients import pictures
+from tracin.gradients import blocks, pictures
 from tracin.gradients.blocks import Dense, Outer, Rows, Sum
 from tracin.gradients.convolution import ConvolutionShape
 from tracin.gradients.pictures import Convolution, Filters
@@ -110,22 +110,27 @@ def test_more_uses_on_the_train_side_and_a_shared_weight() -> None:
 
 @pytest.mark.parametrize("first", [True, False], ids=["kernel first", "channels first"])
 @pytest.mark.parametrize("multiplied_out", [False, True])
-def test_sums_of_convolutions(first: bool, multiplied_out: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Groups that come in any order, and rows of none."""
+@pytest.mark.parametrize("group", [[2, 0, -1, 2, 1], [2, 0, 1, 2, 0]], ids=["rows of none", "all"])
+def test_sums_of_convolutions(
+    first: bool, multiplied_out: bool, group: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups that come in any order, over several tiles; products with more and with fewer rows than groups."""
     monkeypatch.setattr(pictures, "kernel_first", lambda *_: first)
     x, d = normal(5, 1, 2, 7, seed=1), normal(5, 1, 3, 5, seed=2)
     block = Convolution(x, d, ConvolutionShape(3, 2, (3,), (1,), (1,), 1, (0,)))
     whole = torch.einsum("nop,ncpk->nock", d[:, 0], x[:, 0].unfold(2, 3, 1)).reshape(5, -1)
-    group = torch.tensor([2, 0, -1, 2, 1])
     sums = GroupSums(3, 4, 1, LIKE)
     out = block.multiplied_out()
     assert isinstance(out, Filters if first else Dense)
-    sums.add(out if multiplied_out else block, Members.of(group, CPU))
-    target, truth = sums.target(), sums_of(whole, group, 3)
+    with monkeypatch.context() as small:
+        small.setattr(blocks, "TILE", 2 * block.size)
+        sums.add(out if multiplied_out else block, Members.of(torch.tensor(group), CPU))
+    target, truth = sums.target(), sums_of(whole, torch.tensor(group), 3)
     assert isinstance(target, Dense)
     torch.testing.assert_close(target.values, truth, rtol=1e-12, atol=1e-12)
-    for train in (block, out):
-        torch.testing.assert_close(dot_targets(train, target), whole @ truth.mT, rtol=1e-10, atol=1e-10)
+    for train in (block, out, block.rows(0, 2), out.rows(0, 2)):
+        products = whole[: len(train)] @ truth.mT
+        torch.testing.assert_close(dot_targets(train, target), products, rtol=1e-10, atol=1e-10)
 
 
 def test_views_do_not_keep_what_they_look_at_alive() -> None:

@@ -23,7 +23,18 @@ from torch import Tensor
 
 from tracin.shapes import Float, Int
 
-__all__ = ["TILE", "Block", "Dense", "MultipliedOut", "Outer", "Rows", "Sum", "tiles", "total_bytes"]
+__all__ = [
+    "TILE",
+    "Block",
+    "Dense",
+    "MultipliedOut",
+    "Outer",
+    "Rows",
+    "Sum",
+    "add_rows",
+    "tiles",
+    "total_bytes",
+]
 
 # Largest temporary that one product makes, in elements: 7 Mi float32 are 28 MiB. From 32 MiB on glibc asks the system for
 # every block anew.
@@ -260,11 +271,11 @@ class Rows(Block):
         n, t, o = self.d.shape
         offset = torch.arange(n, device=self.index.device)[:, None] * self.length
         table = values.view(n * self.length, o)
-        _add_rows(table, (self.index + offset).reshape(-1), self.d.reshape(n * t, o))
+        add_rows(table, (self.index + offset).reshape(-1), self.d.reshape(n * t, o))
 
     def total(self) -> Float[Tensor, " p"]:
         table = self.d.new_zeros(self.length, self.d.shape[2])
-        return _add_rows(table, self.index.reshape(-1), self.d.flatten(0, 1)).reshape(-1)
+        return add_rows(table, self.index.reshape(-1), self.d.flatten(0, 1)).reshape(-1)
 
     def scaled(self, rates: Sequence[float]) -> Rows:
         (rate,) = rates
@@ -323,7 +334,7 @@ class Sum(Block):
         return Sum(tuple(part.rows(start, stop) for part in self.parts))
 
 
-def _add_rows(table: Tensor, index: Tensor, values: Tensor) -> Tensor:
+def add_rows(table: Tensor, index: Tensor, values: Tensor) -> Tensor:
     """Add rows to a table in place, in an order that is the same on every run."""
     if table.device.type == "cuda":
         # By sorting, where index_add_ adds in the order in which threads arrive.

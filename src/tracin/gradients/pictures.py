@@ -112,6 +112,11 @@ class Filters(MultipliedOut):
         o, c = self.shape.out_channels, self.shape.in_channels
         return self.values.view(len(self), o, -1, c).mT.reshape(len(self), -1)
 
+    def ordered(self, values: Float[Tensor, "m p"]) -> Float[Tensor, "m p"]:
+        """Gradients in the parameter's own order, brought into this one."""
+        o, c = self.shape.out_channels, self.shape.in_channels
+        return values.unflatten(1, (o, c, -1)).mT.reshape(len(values), -1)
+
     def total(self) -> Float[Tensor, " p"]:
         return replace(self, values=self.values.sum(0, keepdim=True)).materialise()[0]
 

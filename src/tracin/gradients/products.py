@@ -52,7 +52,7 @@ def dot(train: Block, queries: Block) -> Float[Tensor, "n m"]:
         return _dot_matching(train, queries)
     if isinstance(train, Rows) and isinstance(queries, Dense) and train.index.shape[1] < train.length:
         return _dot_gathered(train, queries)
-    if isinstance(queries, Filters) and isinstance(train, Convolution | Filters):
+    if isinstance(queries, MultipliedOut) and isinstance(train, Convolution | Filters):
         parts = [_of_filters(train.rows(*span), queries) for span in tiles(len(train), train.size)]
     else:
         other = queries.materialise().mT
@@ -60,12 +60,14 @@ def dot(train: Block, queries: Block) -> Float[Tensor, "n m"]:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _of_filters(train: Convolution | Filters, queries: Filters) -> Float[Tensor, "n m"]:
-    """The products with queries whose kernel comes first: as they lie, where the train side comes so too."""
+def _of_filters(train: Convolution | Filters, queries: MultipliedOut) -> Float[Tensor, "n m"]:
+    """The products as the entries lie; where one side's kernel comes first alone, the smaller side is brought into order."""
     out = train.multiplied_out() if isinstance(train, Convolution) else train
-    if isinstance(out, Filters):
+    if type(out) is type(queries):
         return _product(out.values, queries.values.mT)
-    return _product(out.values, queries.materialise().mT)
+    if isinstance(out, Filters) and len(queries) < len(out):
+        return _product(out.values, out.ordered(queries.values).mT)
+    return _product(out.materialise(), queries.materialise().mT)
 
 
 def _multiplied_out(train: Block, queries: Float[Tensor, "p m"]) -> Float[Tensor, "n m"]:

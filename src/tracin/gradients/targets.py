@@ -17,7 +17,7 @@ Axis letters: n rows · m members · t uses · i in · o out · p parameters · 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import grad as conv_grad
 
-from tracin.gradients.blocks import Block, Dense, MultipliedOut, Outer, Rows, Sum, tiles
+from tracin.gradients.blocks import Block, Dense, MultipliedOut, Outer, Rows, Sum, add_rows, tiles
 from tracin.gradients.pictures import Convolution
 from tracin.gradients.products import concatenate, dot
 from tracin.shapes import Float, Int
@@ -69,12 +69,24 @@ class Members:
         order = torch.sort(group, stable=True).indices[len(group) - len(inside) :]
         return cls(groups, sizes, order.to(device))
 
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
     def parts(self) -> list[tuple[int, int, int]]:
         """Each group with where its rows start and stop in the order."""
         found, start = [], 0
         for group, size in zip(self.groups, self.sizes, strict=True):
             found.append((group, start, start + size))
             start += size
+        return found
+
+    def of_rows(self) -> Int[Tensor, " r"]:
+        """The place of each row's group among those of the batch, in the batch's order, where every row has a group."""
+        place = torch.arange(len(self.groups)).repeat_interleave(torch.tensor(self.sizes))
+        if self.order is None:
+            return place
+        found = torch.empty_like(place, device=self.order.device)
+        found[self.order] = place.to(found.device)
         return found
 
 
@@ -98,14 +110,21 @@ def add_sums(block: Block, members: Members, out: Float[Tensor, "g p"]) -> Tenso
     """
     if isinstance(block, Sum):
         return torch.stack([add_sums(part, members, out) for part in block.parts]).sum()
+    if members.order is not None and len(members) < len(block):
+        block, members = _taken(block, members.order), replace(members, order=None)
+    several = len(members.groups) > 1
+    if isinstance(block, Convolution) and (several or block.d.dtype == torch.float64):
+        spans = tiles(len(block), block.size)
+        pieces = (block.rows(*span).multiplied_out() for span in spans)
+        return _add_multiplied_out(pieces, members, out)
+    if isinstance(block, MultipliedOut):
+        return _add_multiplied_out([block], members, out)
     mine = block if members.order is None else _taken(block, members.order)
     if isinstance(mine, Rows):
         return _add_rows(mine, members, out)
-    if isinstance(mine, Convolution) and (len(members.groups) > 1 or mine.d.dtype == torch.float64):
-        return _add_multiplied_out(mine, members, out)
     seen = []
     for group, start, stop in members.parts():
-        part = mine.rows(start, stop) if len(members.groups) > 1 else mine
+        part = mine.rows(start, stop) if several else mine
         total = _weight_gradient(part) if isinstance(part, Convolution) else part.total()
         out[group] += total
         seen.append(total.sum())
@@ -131,22 +150,20 @@ def _add_rows(block: Rows, members: Members, out: Tensor) -> Tensor:
     sizes = torch.tensor(members.sizes, device=out.device)
     offset = (groups * block.length).repeat_interleave(sizes, output_size=len(block))[:, None]
     table = out.view(len(out) * block.length, block.d.shape[2])
-    table.index_add_(0, (block.index + offset).reshape(-1), block.d.flatten(0, 1).to(out.dtype))
+    add_rows(table, (block.index + offset).reshape(-1), block.d.flatten(0, 1).to(out.dtype))
     return block.d.sum()
 
 
-def _add_multiplied_out(block: Convolution, members: Members, out: Tensor) -> Tensor:
-    """Weight gradients of single rows cost about what that of the batch costs; indicators add them in one order."""
-    groups = torch.tensor(members.groups, device=out.device)
-    sizes = torch.tensor(members.sizes, device=out.device)
-    of_row = torch.arange(len(groups), device=out.device).repeat_interleave(sizes, output_size=len(block))
-    seen = []
-    for start, stop in tiles(len(block), block.size):
-        rows = block.rows(start, stop).multiplied_out()
-        member = torch.nn.functional.one_hot(of_row[start:stop], len(groups)).to(rows.values.dtype)
-        sums = replace(rows, values=member.mT @ rows.values).materialise()
-        out[groups] += sums
-        seen.append(sums.sum())
+def _add_multiplied_out(pieces: Iterable[MultipliedOut], members: Members, out: Tensor) -> Tensor:
+    """Single rows' gradients, in pieces of consecutive rows."""
+    groups, of_row = torch.tensor(members.groups, device=out.device), members.of_rows().to(out.device)
+    seen, start = [], 0
+    for rows in pieces:
+        table = rows.values.new_zeros(len(groups), rows.size)
+        sums = replace(rows, values=add_rows(table, of_row[start : start + len(rows)], rows.values))
+        out[groups] += sums.materialise()
+        seen.append(table.sum())
+        start += len(rows)
     return torch.stack(seen).sum()
 
 
