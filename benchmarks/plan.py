@@ -67,6 +67,11 @@ class Case:
     checkpoints: int = 2
     options: dict[str, Any] = field(default_factory=dict)
     tokens: bool = False
+    groups: int = 0
+
+    def given(self, queries: int) -> dict[str, Any]:
+        """What the verb and its plan are told of this many queries' groups."""
+        return {"by": torch.arange(queries) % self.groups} if self.groups else {}
 
 
 CASES = {
@@ -83,6 +88,11 @@ CASES = {
     "top_k_mlp": Case("MLP 784-256-64-10", mlp, 20_000, 10_000, "top_k"),
     "self_influence": Case("ResNet with BatchNorm in eval", ResNet, 4_000, 0, "self_influence"),
     "self_batch": Case("CNN, batch_size=1000", cnn, 6_000, 0, "self_influence", options={"batch_size": 1000}),
+    "classes": Case("CNN, 10 classes", cnn, 6_000, 2_000, "aggregate", groups=10),
+    "many_classes": Case(
+        "ResNet with BatchNorm in eval, 100 classes", ResNet, 2_000, 1_000, "aggregate", groups=100
+    ),
+    "wide_classes": Case("MLP 784-4096-2048-10, 10 classes", _wide, 2_000, 4_000, "aggregate", groups=10),
 }
 
 
@@ -174,7 +184,7 @@ def child(name: str, what: str, scale: float, clock: str) -> dict[str, Any]:
         now = CLOCKS[clock]
         start = now()
         if what == "plan":
-            planned = method.plan(*data, verb=case.verb)
+            planned = method.plan(*data, verb=case.verb, **case.given(len(data[-1][1])))
             record = {
                 "bytes": planned.peak_bytes,
                 "seconds": planned.seconds,
@@ -183,7 +193,7 @@ def child(name: str, what: str, scale: float, clock: str) -> dict[str, Any]:
             }
             return record | {"took": now() - start}
         with Peak() as peak:
-            result = getattr(method, case.verb)(*data)
+            result = getattr(method, case.verb)(*data, **case.given(len(data[-1][1])))
         seconds = now() - start
         assert result is not None
         return {"bytes": peak.bytes, "seconds": seconds}

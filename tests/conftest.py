@@ -50,5 +50,5 @@ def unchecked() -> Iterator[None]:
 @pytest.fixture
 def smallest_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Queries are held one batch at a time, as in a run whose memory is nearly full."""
-    for module in ("passes", "plan", "top_k"):
+    for module in ("passes", "planning", "top_k"):
         monkeypatch.setattr(f"tracin.scoring.{module}.query_budget", lambda *_: 0)

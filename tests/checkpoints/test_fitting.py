@@ -146,19 +146,27 @@ def test_what_does_not_fit_is_named_with_the_checkpoint(case: str) -> None:
         (torch.bfloat16, torch.float32),
         (torch.float16, torch.float32),
         (torch.float32, torch.float32),
+        (torch.float8_e4m3fn, torch.float32),
+        (torch.float8_e5m2, torch.float16),
+        (torch.float8_e8m0fnu, torch.bfloat16),
     ],
 )
 def test_a_dtype_that_the_models_holds_is_converted(source: torch.dtype, target: torch.dtype) -> None:
     model = nn.Linear(2, 2).to(target)
-    state = {name: value.to(source) for name, value in model.state_dict().items()}
+    state = {name: value.abs().to(source) for name, value in model.state_dict().items()}  # some have no sign
     fitted = fit(Checkpoint(state), model)
     assert all(value.dtype == target for value in fitted.values())
-    assert all(torch.equal(value.to(source), state[name]) for name, value in fitted.items())
+    assert all(torch.equal(value, state[name].to(target)) for name, value in fitted.items())
 
 
 @pytest.mark.parametrize(
     ("source", "target"),
-    [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)],
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float16),
+        (torch.float16, torch.bfloat16),
+        (torch.float8_e8m0fnu, torch.float16),
+    ],
 )
 def test_a_dtype_that_loses_is_refused(source: torch.dtype, target: torch.dtype) -> None:
     model = nn.Linear(2, 2).to(target)
@@ -167,11 +175,26 @@ def test_a_dtype_that_loses_is_refused(source: torch.dtype, target: torch.dtype)
         fit(Checkpoint(state), model)
 
 
-def test_smaller_counters_are_converted() -> None:
+def test_a_nan_in_eight_bits_is_named() -> None:
+    state = {"weight": torch.full((1, 2), float("nan")).to(torch.float8_e4m3fn), "bias": torch.zeros(1)}
+    with pytest.raises(CheckpointError, match="'weight' has a NaN"):
+        fit(Checkpoint(state), nn.Linear(2, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.uint16, torch.uint32])
+def test_smaller_counters_are_converted(dtype: torch.dtype) -> None:
     model = nn.BatchNorm1d(2)
-    state = {**model.state_dict(), "num_batches_tracked": torch.tensor(3, dtype=torch.int32)}
+    state = {**model.state_dict(), "num_batches_tracked": torch.tensor(3).to(dtype)}
     counter = fit(Checkpoint(state), model)["num_batches_tracked"]
     assert (counter.dtype, counter.item()) == (torch.int64, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint64, torch.float32])
+def test_other_counters_are_refused(dtype: torch.dtype) -> None:
+    model = nn.BatchNorm1d(2)
+    state = {**model.state_dict(), "num_batches_tracked": torch.tensor(3).to(dtype)}
+    with pytest.raises(CheckpointError, match=r"num_batches_tracked.*without loss"):
+        fit(Checkpoint(state), model)
 
 
 def test_an_infinite_buffer_is_no_diverged_parameter() -> None:

@@ -27,6 +27,7 @@ from gradients.common import (
 )
 from tracin.data import Batch
 from tracin.errors import DataError, LossError
+from tracin.gradients import reference
 from tracin.gradients.blocks import Block, Dense
 from tracin.gradients.check import checked_gradients
 from tracin.gradients.engine import BatchGradients, Source
@@ -61,6 +62,26 @@ def test_sound_gradients_pass(n: int, dtype: torch.dtype) -> None:
     limit = 1e-12 if dtype == torch.float64 else 1e-5
     for name, value in by_parameter(found, traced(source)).items():
         torch.testing.assert_close(value, judged(source)[name], rtol=limit, atol=limit)
+
+
+@pytest.mark.parametrize("wrong", [False, True], ids=["sound", "wrong"])
+def test_a_sum_that_autograd_rounds_is_judged_row_by_row(
+    wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32 autograd's own sum over a batch can be off, as that of a convolution's bias whose pixels cancel."""
+    source = ready()
+    if wrong:
+        broken(source, "0", times(1 + 1e-6))
+
+    summed = reference.summed
+
+    def rounded(*args: Any) -> dict[str, Tensor]:
+        found = summed(*args)
+        return {name: value * (1 + 1e-5) if name == "0.bias" else value for name, value in found.items()}
+
+    monkeypatch.setattr(reference, "summed", rounded)
+    check(source)
+    assert set(source.wiring.by_row) == ({"0.weight", "0.bias"} if wrong else set()), source.wiring.reasons
 
 
 def broken(source: Source, site: str, change: Callable[[Tensor], Tensor]) -> None:

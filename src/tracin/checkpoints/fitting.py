@@ -54,9 +54,10 @@ def fit(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Tensor]:
                 _misfit(checkpoint, f"{name!r} is missing from the checkpoint{_other(state, plain)}")
             )
         own = state.get(plain[name], state[present[0]])
-        _check(checkpoint, name, own, value, finite=name in parameters)
-        _check_tied(checkpoint, name, own, state[present[0]])
-        result[name] = result[ties[0]] if ties[0] in result else own.to(value.dtype)
+        fitted = _converted(checkpoint, name, own, value, finite=name in parameters)
+        if own is not state[present[0]]:
+            _check_tied(checkpoint, name, fitted, state[present[0]])
+        result[name] = result.get(ties[0], fitted)
     for name in state:
         if name not in plain.values():
             raise CheckpointError(_misfit(checkpoint, f"{name!r} is in the checkpoint and not in the model"))
@@ -72,7 +73,7 @@ def _other(state: dict[str, Tensor], plain: dict[str, str]) -> str:
     return f", which has {others[0]!r} that the model lacks" if others else ""
 
 
-def _check(checkpoint: Checkpoint, name: str, own: Tensor, value: Tensor, *, finite: bool) -> None:
+def _converted(checkpoint: Checkpoint, name: str, own: Tensor, value: Tensor, *, finite: bool) -> Tensor:
     if own.shape != value.shape:
         shapes = f"{list(own.shape)} in the checkpoint and {list(value.shape)} in the model"
         raise CheckpointError(_misfit(checkpoint, f"{name!r} is {shapes}"))
@@ -81,25 +82,34 @@ def _check(checkpoint: Checkpoint, name: str, own: Tensor, value: Tensor, *, fin
             f"{checkpoint.name}: {name!r} is {own.dtype}, which the model's {value.dtype} cannot hold without loss. "
             f"Convert the model, model.to({own.dtype}), or save the checkpoint in {value.dtype}."
         )
+    fitted = own.to(value.dtype)
     # One NaN or infinity shows in the sum, which is cheaper than a look at each; so may an overflow, which the look clears.
-    if finite and not (bool(torch.isfinite(own.sum())) or bool(torch.isfinite(own).all())):
+    if finite and not (bool(torch.isfinite(fitted.sum())) or bool(torch.isfinite(fitted).all())):
         raise CheckpointError(
             f"{checkpoint.name}: parameter {name!r} has a NaN or an infinity: training had diverged by then. "
             "Leave this checkpoint out."
         )
+    return fitted
 
 
 def _lossless(source: torch.dtype, target: torch.dtype) -> bool:
+    """Whether every value of a dtype is one of the other, and of its kind; torch promotes no float8, and no uint16."""
+    if (source.is_floating_point, source.is_complex) != (target.is_floating_point, target.is_complex):
+        return False
     if source == target:
         return True
-    same_kind = (
-        source.is_floating_point == target.is_floating_point and source.is_complex == target.is_complex
-    )
-    return same_kind and torch.promote_types(source, target) == target
+    if source.is_complex or torch.bool in (source, target):
+        return torch.promote_types(source, target) == target
+    if source.is_floating_point:
+        own, other = torch.finfo(source), torch.finfo(target)
+        smallest = other.tiny * other.eps <= own.tiny * own.eps
+        return other.max >= own.max and smallest and other.eps <= own.eps
+    held, holds = torch.iinfo(source), torch.iinfo(target)
+    return holds.min <= held.min and holds.max >= held.max
 
 
-def _check_tied(checkpoint: Checkpoint, name: str, own: Tensor, first: Tensor) -> None:
-    if own is not first and not torch.equal(own, first):
+def _check_tied(checkpoint: Checkpoint, name: str, fitted: Tensor, first: Tensor) -> None:
+    if not torch.equal(fitted, first.to(fitted.dtype)):
         raise CheckpointError(
             f"{checkpoint.name}: {name!r} has other values than the parameter that the model ties it to. "
             "Untie them in the model, or save the checkpoint from the tied model."

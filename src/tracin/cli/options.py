@@ -193,8 +193,9 @@ class Plan:
     file: StudyFile
     """A Python file that defines study() -> tracin.Study."""
 
-    verb: Literal["influence", "top_k", "self_influence"] = "influence"
-    """What to plan: all scores, the strongest of each test row, or each training row against itself."""
+    verb: Literal["influence", "top_k", "self_influence", "aggregate"] = "influence"
+    """What to plan: all scores, the strongest of each test row, each training row against itself, or against the test rows'
+    mean."""
 
     k: int = 10
     """With --verb top_k: how many of each sign."""

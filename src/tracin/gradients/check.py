@@ -1,9 +1,11 @@
 """The always-on check: on the first batch of a run, the gradients that will be scored against autograd's.
 
 (a) The sum of the per-example gradients, each row with a weight of its own, equals autograd's gradient of the weighted
-sum of the losses, for every parameter. (b) For the few rows of the probe, the row's gradient equals autograd of
-``losses[i]`` in the same graph (``wiring``). (c) ``losses[i]`` equals the loss of row i without the others (the row
-twice, since some models cannot run a batch of one).
+sum of the losses, for every parameter; or, where it does not, the weighted sum of the gradients that autograd finds for each
+row by itself. (In float32 these can be far more accurate than its own sum over a batch, as for a convolution's bias whose
+pixels cancel.) (b) For the few rows of the probe, the row's gradient equals autograd of ``losses[i]`` in the same graph
+(``wiring``). (c) ``losses[i]`` equals the loss of row i without the others (the row twice, since some models cannot run a
+batch of one).
 
 A parameter that fails (a) or (b) goes row by row from there on and is named; (c) is an error. A parameter whose
 reference is zero is checked in the first batch where it is not. A model that moves rows about (``movement``) is checked
@@ -25,7 +27,7 @@ from tracin.checksums import row_checksums, same_checksums
 from tracin.data import Batch
 from tracin.errors import DataError, LossError
 from tracin.gradients import reference
-from tracin.gradients.agreement import relative_error, tolerance
+from tracin.gradients.agreement import accumulation_dtype, relative_error, tolerance
 from tracin.gradients.engine import BatchGradients, Keys, Source, batch_gradients
 from tracin.gradients.probe import refuse_mixing as same_rows
 from tracin.gradients.sites import LocalSite, RuleSite, Wiring
@@ -72,6 +74,10 @@ class _Comparison:
             error = relative_error(estimate, reference_gradient, self.dtype, scales.get(name, 0.0), total)
             self.errors[name] = max(self.errors[name], error)
 
+    def failed(self) -> dict[str, float]:
+        """The errors of what does not agree."""
+        return {name: error for name, error in self.errors.items() if error > tolerance(self.dtype)}
+
 
 def row_errors(
     found: BatchGradients, traced: Mapping[str, nn.Parameter], rows: list[int], dtype: torch.dtype
@@ -96,22 +102,30 @@ def row_errors(
     return comparison.errors
 
 
-def _sum_errors(
-    found: BatchGradients, against: Mapping[str, nn.Parameter], dtype: torch.dtype
+def _failures(
+    source: Source, batch: Batch, found: BatchGradients, against: Mapping[str, nn.Parameter]
 ) -> tuple[dict[str, float], set[str]]:
-    """Errors of a sum of a batch's gradients with a weight for each row, and the parameters whose reference is zero."""
-    losses = found.losses
-    comparison = _Comparison(against, dtype)
-    weights = _row_weights(losses)
-    truth = reference.summed(losses, against, weights)
+    """The parameters that fail (a), with their errors, and those whose reference is zero."""
+    weights = _row_weights(found.losses)
+    truth = reference.summed(found.losses, against, weights)
     wanted = {names: block for names, block in found.blocks.items() if set(names) <= set(against)}
     squares = {names: block.squared_norm() for names, block in wanted.items()}
     scales = {name: float(square.sqrt().sum()) for names, square in squares.items() for name in names}
     rows_total = float(torch.stack(list(squares.values())).sum(0).sqrt().sum()) if squares else 0.0
     total = max(rows_total, math.hypot(*(float(torch.linalg.vector_norm(g)) for g in truth.values())))
     sums = {names: block.weighted(weights).total() for names, block in wanted.items()}
+    comparison = _Comparison(against, source.dtype)
     comparison.add(sums, truth, scales, total)
-    return comparison.errors, comparison.zero
+    failed = comparison.failed()
+    doubted = {name: against[name] for name in failed if name not in source.wiring.by_row}
+    if doubted:
+        alone = reference.alone(source.run, source.take, batch.rows, doubted)
+        apart = _Comparison(against, source.dtype)
+        rows = {name: values.to(accumulation_dtype(values.dtype)) for name, values in alone.items()}
+        summed = {name: weights.to(values.dtype) @ values for name, values in rows.items()}
+        apart.add(sums, summed, scales, total)
+        failed = {name: error for name, error in failed.items() if name not in doubted} | apart.failed()
+    return failed, comparison.zero
 
 
 def _row_weights(losses: Tensor) -> Tensor:
@@ -229,8 +243,7 @@ def checked_gradients(
     found = batch_gradients(source, keys, batch, value, traced, keep_graph=True)
     if first:
         refuse_mixing(source, batch, found.losses, seen)
-    errors, zero = _sum_errors(found, against, source.dtype)
-    failed = {name: error for name, error in errors.items() if error > tolerance(source.dtype)}
+    failed, zero = _failures(source, batch, found, against)
     source.found = replace(
         source.wiring,
         pending=frozenset(zero)

@@ -25,7 +25,17 @@ import torch
 from torch import Tensor
 from torch.nn import grad as conv_grad
 
-from tracin.gradients.blocks import Block, Dense, MultipliedOut, Outer, Rows, Sum, add_rows, tiles
+from tracin.gradients.blocks import (
+    Block,
+    Dense,
+    MultipliedOut,
+    Outer,
+    Rows,
+    Sum,
+    add_rows,
+    tiles,
+    total_bytes,
+)
 from tracin.gradients.pictures import Convolution
 from tracin.gradients.products import concatenate, dot
 from tracin.shapes import Float, Int
@@ -222,6 +232,11 @@ class Factors:
 
     members: Block
     weights: Float[Tensor, "m g"]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that they hold."""
+        return self.members.nbytes + total_bytes(self.weights)
 
     @cached_property
     def multiplied_out(self) -> Dense:

@@ -37,7 +37,8 @@ from tracin.methods.settings import checked_settings, require_task
 from tracin.methods.within import allowed_rows
 from tracin.results import Scores, SelfInfluence, TopK
 from tracin.scoring import top_k
-from tracin.scoring.plan import Plan, plan
+from tracin.scoring.plan import Plan
+from tracin.scoring.planning import plan
 from tracin.scoring.run import Run, opened
 from tracin.scoring.verification import Verification, verify
 from tracin.tasks import Task

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from tracin.checkpoints import Trajectory
 from tracin.data import BatchSize
@@ -21,7 +22,8 @@ from tracin.methods.within import allowed_rows
 from tracin.options import whole_number
 from tracin.results import Scores, SelfInfluence, TopK
 from tracin.scoring import aggregate, passes, top_k
-from tracin.scoring.plan import Plan, plan
+from tracin.scoring.plan import Plan
+from tracin.scoring.planning import plan
 from tracin.scoring.run import Run, opened
 from tracin.scoring.verification import Verification, verify
 from tracin.tasks import Task
@@ -198,8 +200,7 @@ class TracInCP:
                 ``reduction``; and what ``influence`` refuses.
         """
         aggregate.check_reduction(reduction)
-        last = self.trajectory[len(self.trajectory) - 1]
-        labels = group_labels(self.task, last, self.settings, validation, by)
+        labels = self._group_labels(validation, by)
         with opened(self.task, self.trajectory, self.settings, train, validation) as run:
             groups = aggregate.Groups.of(labels, len(run.asked.rows))
             values = aggregate.aggregate(run, groups, reduction)
@@ -244,8 +245,9 @@ class TracInCP:
         train: Any,
         queries: Any | None = None,
         *,
-        verb: Literal["influence", "top_k", "self_influence"] | None = None,
+        verb: Literal["influence", "top_k", "self_influence", "aggregate"] | None = None,
         k: int = 10,
+        by: Any = None,
     ) -> Plan:
         """Memory, time, passes and routes of a run, from one batch of each side, before it.
 
@@ -254,18 +256,28 @@ class TracInCP:
             queries: Query rows; none for ``self_influence``.
             verb: What to plan: ``"influence"`` with queries and ``"self_influence"`` without, unless given.
             k: List length of ``"top_k"``.
+            by: The groups of ``"aggregate"``, as it takes them.
 
         Returns:
             The plan. A run that does not fit ``memory`` is told in ``ways``, not refused.
 
         Raises:
-            OptionError: ``verb`` and queries do not go together; as for the verb, with what else it refuses on the first
-                batches.
+            OptionError: ``verb`` and queries, or ``by``, do not go together; as for the verb, with what else it refuses on
+                the first batches.
         """
         chosen = check_verb(verb, queries)
+        if by is not None and chosen != "aggregate":
+            raise OptionError(f"plan: by is for verb='aggregate', and this plans {chosen}. Leave it out.")
         asked = queries if chosen != "self_influence" else None
+        labels = None if by is None else self._group_labels(queries, by)
         with opened(self.task, self.trajectory, self.settings, train, asked) as run:
-            return plan(run, chosen, k)
+            if chosen != "aggregate":
+                return plan(run, chosen, k)
+            return plan(run, chosen, groups=aggregate.Groups.of(labels, len(run.asked.rows)))
+
+    def _group_labels(self, validation: Any, by: Any) -> Tensor | None:
+        last = self.trajectory[len(self.trajectory) - 1]
+        return group_labels(self.task, last, self.settings, validation, by)
 
     def provenance(self, run: Run, verb: str) -> dict[str, Any]:
         """What a result of this method was made from.

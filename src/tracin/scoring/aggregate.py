@@ -11,7 +11,7 @@ Axis letters: n train rows · m queries · g groups · p parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +30,21 @@ from tracin.scoring.passes import compared
 from tracin.scoring.run import Run, refuse_products
 from tracin.shapes import Float, Int
 
-__all__ = ["REDUCTIONS", "Groups", "aggregate", "check_reduction", "score_targets", "spans", "summed"]
+__all__ = [
+    "REDUCTIONS",
+    "Groups",
+    "Sums",
+    "Targets",
+    "add_batch",
+    "aggregate",
+    "check_reduction",
+    "score_targets",
+    "tiled",
+    "weighted",
+]
 
 REDUCTIONS = ("mean", "sum")
+Sums = dict[tuple[str, ...], GroupSums]
 Targets = dict[tuple[str, ...], Target]
 
 
@@ -97,18 +109,19 @@ class Groups:
         return sizes if reduction == "mean" else torch.ones_like(sizes)
 
 
-def spans(g: int, at_once: int) -> Iterator[range]:
-    """The groups in tiles.
+def tiled(run: Run, groups: Groups) -> list[range]:
+    """The groups in tiles whose sums fit the memory.
 
     Args:
-        g: Groups.
-        at_once: The most in a tile.
+        run: A run at its first checkpoint.
+        groups: The groups.
 
-    Yields:
-        Each tile's groups.
+    Returns:
+        Each tile's groups, one at the least.
     """
-    for start in range(0, g, max(1, at_once)):
-        yield range(start, min(start + max(1, at_once), g))
+    budget = query_budget(run, "aggregate", groups=len(groups))
+    at_once = max(1, budget // (run.size * _dtype(run).itemsize))
+    return [range(start, min(start + at_once, len(groups))) for start in range(0, len(groups), at_once)]
 
 
 def _dtype(run: Run) -> torch.dtype:
@@ -124,41 +137,46 @@ def _units(blocks: Mapping[tuple[str, ...], Block]) -> tuple[dict[tuple[str, ...
     return wide, torch.where(lengths > 0, 1.0 / lengths.clamp_min(tiny), 0.0)
 
 
-def summed(run: Run, groups: Groups, span: range, bar: Progress) -> Targets:
-    """The sums of the queries' gradients by group, at the loaded checkpoint, without any rate.
+def _summed(run: Run, groups: Groups, span: range, bar: Progress) -> Targets:
+    """The sums of the queries' gradients by group, at the loaded checkpoint, without any rate."""
+    sums: Sums = {}
+    for batch, value in run.batches(run.asked):
+        add_batch(run, groups, span, sums, batch, value)
+        bar.advance(batch.size)
+    return {names: found.target() for names, found in sums.items()}
+
+
+def add_batch(run: Run, groups: Groups, span: range, sums: Sums, batch: Batch, value: Any) -> None:
+    """Add a batch's gradients to the sums of their groups, in place; unit gradients under ``normalize``.
 
     Args:
-        run: A run with queries.
+        run: A run with queries, at a checkpoint.
         groups: Which query belongs to which group.
         span: The groups to sum.
-        bar: Told of finished rows.
-
-    Returns:
-        Sums [groups of the span, p]; of unit gradients under ``normalize``. Parameters that no query uses are absent.
+        sums: What was added so far; parameters that no query uses stay absent.
+        batch: Queries.
+        value: The batch on the device.
 
     Raises:
         NotFiniteError: A gradient is NaN or infinite; the row and parameter are named.
     """
-    sums: dict[tuple[str, ...], GroupSums] = {}
+    member = groups.member[batch.start : batch.start + batch.size] - span.start
+    member = member.masked_fill(member >= len(span), -1).clamp_min(-1)
+    if not bool((member >= 0).any()):
+        return
+    found = run.gradients(run.asked, batch, value)
+    blocks = compared(run, found)
+    if run.settings.normalize and blocks:
+        wide, inverse = _units(blocks)
+        blocks = {names: block.weighted(inverse) for names, block in wide.items()}
     members = int(groups.sizes[span.start : span.stop].sum())
     like = torch.empty(0, dtype=_dtype(run), device=run.loaded.device)
-    for batch, value in run.batches(run.asked):
-        member = groups.member[batch.start : batch.start + batch.size] - span.start
-        member = member.masked_fill(member >= len(span), -1).clamp_min(-1)
-        if bool((member >= 0).any()):
-            found = run.gradients(run.asked, batch, value)
-            blocks = compared(run, found)
-            if run.settings.normalize and blocks:
-                wide, inverse = _units(blocks)
-                blocks = {names: block.weighted(inverse) for names, block in wide.items()}
-            seen, mine = [], Members.of(member, run.loaded.device)
-            for names, block in blocks.items():
-                if names not in sums:
-                    sums[names] = GroupSums(len(span), members, len(names), like)
-                seen.append(sums[names].add(block, mine))
-            _refuse_infinite(run, seen, found, batch)
-        bar.advance(batch.size)
-    return {names: found.target() for names, found in sums.items()}
+    seen, mine = [], Members.of(member, run.loaded.device)
+    for names, block in blocks.items():
+        if names not in sums:
+            sums[names] = GroupSums(len(span), members, len(names), like)
+        seen.append(sums[names].add(block, mine))
+    _refuse_infinite(run, seen, found, batch)
 
 
 def _refuse_infinite(run: Run, seen: list[Tensor], found: BatchGradients, batch: Batch) -> None:
@@ -227,26 +245,42 @@ def aggregate(run: Run, groups: Groups, reduction: str) -> Float[Tensor, "g n"]:
         run.go(0)
         refuse_too_large(run, "aggregate", groups=len(groups))
         values = torch.zeros(len(groups), n, dtype=run.dtype)
-        budget = query_budget(run, "aggregate", groups=len(groups))
-        at_once = budget // (run.size * _dtype(run).itemsize)
+        tiles = tiled(run, groups)
         for index in range(c):
             run.go(index)
-            for span in spans(len(groups), at_once):
+            for span in tiles:
                 if span.start:
                     bar.grow(n + m)
-                targets, weights = _weighted(run, summed(run, groups, span, bar), groups, span, reduction)
-                for batch, value in run.batches(run.train):
-                    part = score_targets(run, batch, value, targets, len(span), weights)
-                    stop = batch.start + batch.size
-                    values[span.start : span.stop, batch.start : stop] += part.cpu().mT
-                    bar.advance(batch.size)
+                _add_tile(run, groups, span, reduction, values, bar)
     return values
 
 
-def _weighted(
+def _add_tile(
+    run: Run, groups: Groups, span: range, reduction: str, values: Float[Tensor, "g n"], bar: Progress
+) -> None:
+    """Add a tile's scores at the loaded checkpoint, in place; its sums are freed at the end."""
+    targets, weights = weighted(run, _summed(run, groups, span, bar), groups, span, reduction)
+    for batch, value in run.batches(run.train):
+        part = score_targets(run, batch, value, targets, len(span), weights)
+        values[span.start : span.stop, batch.start : batch.start + batch.size] += part.cpu().mT
+        bar.advance(batch.size)
+
+
+def weighted(
     run: Run, sums: Targets, groups: Groups, span: range, reduction: str
 ) -> tuple[Targets, Tensor | None]:
-    """The sums times the rates and over the groups' sizes; under ``normalize`` these stay apart."""
+    """The sums times the rates and over the groups' sizes; under ``normalize`` these stay apart.
+
+    Args:
+        run: The run at the sums' checkpoint.
+        sums: The sums of a tile's groups.
+        groups: All groups.
+        span: The tile.
+        reduction: ``"mean"`` or ``"sum"``.
+
+    Returns:
+        The targets, and under ``normalize`` the weight of each.
+    """
     like = torch.empty(0, dtype=_dtype(run), device=run.loaded.device)
     inverse = 1.0 / groups.divisors(span, reduction, like)
     if run.settings.normalize:

@@ -31,7 +31,7 @@ __all__ = [
     "ways_to_fit",
 ]
 
-VERBS = ("influence", "top_k", "self_influence")
+VERBS = ("influence", "top_k", "self_influence", "aggregate")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def sizes_of(run: Run, verb: str, k: int = 10, groups: int = 0) -> Sizes:
 
     Args:
         run: The run, at its first checkpoint.
-        verb: One of ``VERBS``, or ``"aggregate"``.
+        verb: One of ``VERBS``.
         k: List length of ``top_k``.
         groups: Groups of ``aggregate``.
 
@@ -117,7 +117,7 @@ def query_budget(run: Run, verb: str, k: int = 10, groups: int = 0) -> int:
 
     Args:
         run: A run at its first checkpoint.
-        verb: One of ``VERBS``, or ``"aggregate"``.
+        verb: One of ``VERBS``.
         k: List length of ``top_k``.
         groups: Groups of ``aggregate``.
 
@@ -133,7 +133,7 @@ def refuse_too_large(run: Run, verb: str, k: int = 10, groups: int = 0) -> None:
 
     Args:
         run: A run at its first checkpoint, before its first batch; its batches may be shortened.
-        verb: One of ``VERBS``, or ``"aggregate"``.
+        verb: One of ``VERBS``.
         k: List length of ``top_k``.
         groups: Groups of ``aggregate``.
 

@@ -99,7 +99,7 @@ def batch_rows(
 
     Args:
         row_bytes: What a batch holds of one row: the graph, and gradients that are multiplied out.
-        memory: The bound that the user gave, of which a batch may take a fifth.
+        memory: The bound that the user gave, of which a batch may take a fifth, or a third beside large queries.
         queries: Bytes of the queries' gradients, multiplied out.
         tensor: What one row adds to the graph's largest tensor.
         scores: Bytes of one row's scores.
@@ -110,9 +110,9 @@ def batch_rows(
 
     Example:
         >>> batch_rows(3_000, 2 << 30), batch_rows(1 << 20, 2 << 30), batch_rows(40 << 20, 2 << 30, 220 << 20)
-        ((64, 2048), (37, 150), (8, 10))
+        ((64, 2048), (37, 150), (8, 16))
     """
-    affordable = max(1, min(max(BATCH_BYTES, 2 * queries), memory // 5) // row_bytes)
+    affordable = max(1, max(min(BATCH_BYTES, memory // 5), min(3 * queries, memory // 3)) // row_bytes)
     cached = min(CACHED_BYTES // row_bytes, TENSOR_BYTES // scores)
     rows = min(most, affordable, max(ENOUGH_ROWS, cached))
     rows = min(rows, max(1, TENSOR_BYTES // tensor))
