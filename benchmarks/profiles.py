@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from aims import aim_of
 from floor import Layer, least
 from measure import CLOCKS, machine
 from stages import Listed, profile
@@ -15,9 +16,6 @@ from workloads import Workload
 from tracin.scoring.memory import freed_memory_kept
 
 __all__ = ["markdown", "profiled"]
-
-# In passes; the first for 2,000 pictures, the second for more of them and for language models.
-AIM, AIM_LARGE, AIM_SELF = 1.3, 1.4, 1.25
 
 
 def profiled(workload: Workload, verb: str, rounds: int, clock: str) -> dict[str, Any]:
@@ -54,12 +52,6 @@ def lines(found: dict[str, Any]) -> list[str]:
             each = f"{1000 * spent / calls:8.2f}" if calls else " " * 8
             out.append(f"  {stage:32} {calls:6d} {spent:8.3f} {each} {spent / found['pass']:7.3f}")
     return [*out, *(f"  {part}" for part in told(found))]
-
-
-def aim_of(verb: str, name: str) -> float:
-    if verb == "self_influence":
-        return AIM_SELF
-    return AIM if name in {"mlp", "cnn", "resnet"} else AIM_LARGE
 
 
 def told(found: dict[str, Any]) -> list[str]:

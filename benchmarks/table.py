@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from aims import aims
 from measure import PEERS, Measured, Result
 
 __all__ = ["LABELS", "MIB", "lines", "machine_line_of", "markdown"]
@@ -95,6 +96,10 @@ linear layers and convolutions alone, dattri-llm no BatchNorm, and to none of th
 parameter.
 """
 
+AIMS = """Where an aim of passes is missed, [the profile](speed-profile.md) tells where the time goes, and what a program
+written by hand takes. Where a peer is not slow enough, what would be left for `influence` is told; forward and backward without
+any weight gradient take 0.7 of a pass or more there."""
+
 
 def machine_line_of(facts: dict[str, Any]) -> str:
     return (
@@ -155,6 +160,7 @@ def reasons(result: Result) -> str:
 def markdown(results: Sequence[Result]) -> str:
     """The page of the documentation."""
     parts = [INTRODUCTION, "\n".join(["## All in one table", "", *summary(results), ""])]
+    parts.append("\n".join(["## The aims", "", AIMS, "", *aims(results), ""]))
     for result in results:
         rows = ["| " + " | ".join(HEADINGS) + " |", "|---|" + "---:|" * (len(HEADINGS) - 1)]
         rows += ["| " + " | ".join(cells(result, method)) + " |" for method in result.methods]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.append(str(FOLDER))
 
+import aims  # noqa: E402
 import floor  # noqa: E402
 import growth  # noqa: E402
 import measure  # noqa: E402
@@ -188,12 +190,33 @@ def test_the_program_written_by_hand_is_exact(
 def test_the_profile_says_whether_the_program_written_by_hand_meets_the_aim(
     ratio: float, program: float, verdict: str
 ) -> None:
-    assert profiles.verdict(ratio, profiles.aim_of("influence", "cnn"), program).endswith(verdict)
+    assert profiles.verdict(ratio, aims.aim_of("influence", "cnn"), program).endswith(verdict)
 
 
 def test_aims_of_models_and_verbs() -> None:
-    aims = [profiles.aim_of(verb, name) for verb, name in (("influence", "mlp"), ("influence", "gpt-wide"))]
-    assert [*aims, profiles.aim_of("self_influence", "mlp")] == [1.3, 1.4, 1.25]
+    found = [aims.aim_of(verb, name) for verb, name in (("influence", "mlp"), ("influence", "gpt-wide"))]
+    assert [*found, aims.aim_of("self_influence", "mlp")] == [1.3, 1.4, 1.25]
+
+
+def test_the_page_tells_which_aims_are_met() -> None:
+    def result(name: str, **ratios: list[float]) -> measure.Result:
+        methods = [measure.Measured(label, list(found), found) for label, found in ratios.items()]
+        return replace(result_of(*methods), name=name)
+
+    told = aims.aims(
+        [
+            result("cnn-large", influence=[1.2, 1.0, 1.5], self_influence=[1.5, 1.4, 1.3], captum=[6.0]),
+            result("gpt", influence=[1.5], dattri_llm=[3.0]),
+            result("lstm", influence=[9.0]),
+        ]
+    )
+    assert told[2:] == [
+        "| `influence`, cnn-large: at most 1.4 of one plain pass | 1.20 | 1.00–1.50 | yes |",
+        "| `influence`, gpt: at most 1.4 of one plain pass | 1.50 | 1.50–1.50 | missed by 0.10 |",
+        "| `self_influence`, cnn-large: at most 1.25 of one plain pass | 1.40 | 1.30–1.50 | missed by 0.15 |",
+        "| cnn-large: 15× as fast as captum | 5× |  | no: 0.40 of one plain pass would be needed |",
+        "| gpt: faster than dattri-llm | 2× |  | yes |",
+    ]
 
 
 def test_the_profile_of_a_model(tmp_path: Path) -> None:

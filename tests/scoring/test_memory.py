@@ -1,4 +1,4 @@
-"""What the allocator counts, and what it keeps."""
+"""What the allocator counts, and what it keeps; memory as people write it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ import platform
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from tracin.errors import OptionError
 from tracin.scoring import memory
-from tracin.scoring.memory import Resident, freed_memory_kept, size_text, watched
+from tracin.scoring.memory import Resident, freed_memory_kept, parse_memory, size_text, watched
 
 BATCHES = """
 import resource, torch
@@ -122,3 +126,43 @@ def test_growth_is_that_of_the_process() -> None:
 
 def test_sizes_in_words() -> None:
     assert [size_text(size) for size in (5 << 10, 1 << 30, 25 << 30)] == ["5.0 KiB", "1.0 GiB", "25 GiB"]
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (1, 1),
+        (12345, 12345),
+        ("12345", 12345),
+        ("12b", 12),
+        ("2GiB", 2 << 30),
+        ("2gib", 2 << 30),
+        (" 1.5 GiB ", 3 << 29),
+        ("500MB", 500_000_000),
+        ("500 MB", 500_000_000),
+        ("3k", 3072),
+        ("3KiB", 3072),
+        ("1TB", 10**12),
+        ("0.5TiB", 1 << 39),
+        ("1e3kB", 1_000_000),
+    ],
+)
+def test_memory(written: Any, expected: int) -> None:
+    assert parse_memory(written) == expected
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["", "GiB", "much", "-1GiB", "0", 0, -5, "1 PiB", "1.2.3GB", "infGB", "nan", True, "2 GB extra"],
+)
+def test_memory_that_cannot_be_read(written: Any) -> None:
+    with pytest.raises(OptionError, match=r"memory is .*'2GiB'"):
+        parse_memory(written)
+
+
+@given(amount=st.integers(1, 10**6), unit=st.sampled_from(["", "b", "kb", "kib", "mb", "mib", "gb", "gib"]))
+def test_memory_of_any_size(amount: int, unit: str) -> None:
+    base = 1024 if "ib" in unit else 1000
+    assert parse_memory(f"{amount}{unit}") == amount * base ** " kmg".index(
+        (unit or "b")[0].replace("b", " ")
+    )

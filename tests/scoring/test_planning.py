@@ -201,3 +201,11 @@ def test_rows_that_a_dataset_makes_are_planned_where_they_are_kept() -> None:
     assert once["rows kept"] == 0, "read once, all queries being held"
     assert once["checkpoints kept"] > 0
     assert dict(method().plan(Decoding(300), verb="self_influence").parts)["rows kept"] == 300 * row
+
+
+def test_a_tile_of_top_k_holds_rows_only_where_a_dataset_makes_them() -> None:
+    sizes = [
+        dict(method().plan(train, rows(M, 2), verb="top_k").parts)["a tile of rows and scores"]
+        for train in (rows(300, 1), Decoding(300))
+    ]
+    assert sizes == [300 * M * 8, 300 * (M * 8 + 4 * 8 + 8)]

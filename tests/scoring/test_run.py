@@ -1,4 +1,4 @@
-"""A run: memory as people write it, checkpoints one after another, routes found once, the first batches checked."""
+"""A run: checkpoints one after another, routes found once, the first batches checked."""
 
 from __future__ import annotations
 
@@ -6,56 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from torch import nn
-from torch.utils.data import TensorDataset
 
 import tracin
-from scoring.common import RATES, M, N, handmade, method, net, rows, run, task, trajectory
-from tracin.errors import OptionError, RateError
+from scoring.common import RATES, M, N, method, net, rows, run, task, trajectory
+from tracin.errors import RateError
 from tracin.gradients.blocks import Dense
 from tracin.scoring import run as module
-from tracin.scoring.run import Settings, batch_rows, opened, parse_memory, products
-
-
-@pytest.mark.parametrize(
-    ("memory", "expected"),
-    [
-        (1, 1),
-        (12345, 12345),
-        ("12345", 12345),
-        ("12b", 12),
-        ("2GiB", 2 << 30),
-        ("2gib", 2 << 30),
-        (" 1.5 GiB ", 3 << 29),
-        ("500MB", 500_000_000),
-        ("500 MB", 500_000_000),
-        ("3k", 3072),
-        ("3KiB", 3072),
-        ("1TB", 10**12),
-        ("0.5TiB", 1 << 39),
-        ("1e3kB", 1_000_000),
-    ],
-)
-def test_memory(memory: Any, expected: int) -> None:
-    assert parse_memory(memory) == expected
-
-
-@pytest.mark.parametrize(
-    "memory", ["", "GiB", "much", "-1GiB", "0", 0, -5, "1 PiB", "1.2.3GB", "infGB", "nan", True, "2 GB extra"]
-)
-def test_memory_that_cannot_be_read(memory: Any) -> None:
-    with pytest.raises(OptionError, match=r"memory is .*'2GiB'"):
-        parse_memory(memory)
-
-
-@given(amount=st.integers(1, 10**6), unit=st.sampled_from(["", "b", "kb", "kib", "mb", "mib", "gb", "gib"]))
-def test_memory_of_any_size(amount: int, unit: str) -> None:
-    base = 1024 if "ib" in unit else 1000
-    assert parse_memory(f"{amount}{unit}") == amount * base ** " kmg".index(
-        (unit or "b")[0].replace("b", " ")
-    )
+from tracin.scoring.run import Settings, opened, products
 
 
 def test_each_checkpoint_is_loaded_with_its_rates() -> None:
@@ -123,50 +80,3 @@ def test_products_add_over_parameters_and_skip_what_one_side_lacks() -> None:
     assert torch.equal(found, torch.full((3, 4), 2 * 2 + 3 * 2 * 2, dtype=torch.float64))
     nothing = products({}, queries, 3, 4, torch.empty(0, dtype=torch.float64))
     assert torch.equal(nothing, torch.zeros(3, 4, dtype=torch.float64))
-
-
-@given(
-    row_bytes=st.integers(1, 1 << 34),
-    memory=st.integers(1, 1 << 40),
-    queries=st.integers(0, 1 << 40),
-    tensor=st.integers(1, 1 << 34),
-    scores=st.integers(1, 1 << 34),
-)
-def test_rows_of_a_batch_stay_within_the_memory(
-    row_bytes: int, memory: int, queries: int, tensor: int, scores: int
-) -> None:
-    first, rest = batch_rows(row_bytes, memory, queries, tensor, scores)
-    assert 1 <= first <= rest <= 2048
-    assert rest <= 150 or rest * scores < 32 << 20
-    share = memory // 3 if queries else memory // 5
-    assert rest == 1 or (rest * row_bytes <= share and rest * tensor < 32 << 20)
-    assert batch_rows(row_bytes, memory, 0, tensor, scores)[1] <= rest
-
-
-def test_the_batches_go_by_what_the_model_keeps() -> None:
-    sizes = {}
-    for width in (4, 20_000):
-        model = nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 2))
-        task = tracin.Task(model, tracin.losses.cross_entropy)
-        trajectory = tracin.Trajectory([tracin.Checkpoint(model.state_dict(), learning_rate=0.1)])
-        rows = (torch.randn(2200, 3), torch.zeros(2200, dtype=torch.int64))
-        with opened(task, trajectory, Settings(device="cpu", progress=False), rows, rows) as run:
-            run.load(0)
-            assert run.train.rows.sizes == run.asked.rows.sizes
-            sizes[width] = run.train.rows.sizes
-    assert sizes == {4: [64, 2048, 88], 20_000: [64, *[314] * 6, 252]}
-
-
-def test_rows_of_a_dataset_come_in_smaller_batches() -> None:
-    data = TensorDataset(*rows(1200, 1))
-    with run(data, False, batch_size="auto") as found:
-        found.load(0)
-        assert found.train.rows.sizes == [64, 512, 512, 112]
-
-
-def test_the_batches_go_by_the_gradients_that_are_multiplied_out() -> None:
-    asked, states, data = handmade(1 << 18, 60)
-    with opened(asked, states, Settings(device="cpu", progress=False, memory=200 << 20), data) as run:
-        run.load(0)
-        assert run.train.wiring.route("w").startswith("vmap")
-        assert 30 << 20 < max(run.train.rows.sizes) * (8 << 18) <= 40 << 20

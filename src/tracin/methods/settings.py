@@ -12,7 +12,8 @@ from tracin.errors import OptionError
 from tracin.gradients.precision import PRECISIONS
 from tracin.gradients.projection import Projection
 from tracin.scoring.fits import VERBS
-from tracin.scoring.run import WEIGHTINGS, Settings, parse_memory
+from tracin.scoring.memory import parse_memory
+from tracin.scoring.run import WEIGHTINGS, Settings
 from tracin.tasks import Task
 
 __all__ = ["check_verb", "checked_settings", "require_task"]

@@ -21,7 +21,7 @@ from tracin.errors import DataError, LossError, ModelError, NotFiniteError, Opti
 from tracin.gradients.agreement import tolerance
 from tracin.scoring.evaluation import checked_outputs
 from tracin.scoring.guard import guarded
-from tracin.scoring.run import parse_memory
+from tracin.scoring.memory import parse_memory
 from tracin.shapes import Float, Int
 from tracin.tasks import Task
 

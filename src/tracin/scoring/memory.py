@@ -20,7 +20,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["Resident", "Watched", "freed_memory_kept", "size_text", "watched"]
+from tracin.errors import OptionError
+
+__all__ = ["Resident", "Watched", "freed_memory_kept", "parse_memory", "size_text", "watched"]
 
 # Of glibc's malloc.h and its manual: names of limits, the largest block that it takes from the heap, and the size of a freed
 # block from which on it looks whether the heap's end should be given back.
@@ -154,6 +156,39 @@ def _resident() -> tuple[int, int]:
     found = {key: rest for key, _, rest in (line.partition(":") for line in lines)}
     now, peak = (int(found.get(key, "0").split()[0]) << 10 for key in ("VmRSS", "VmHWM"))
     return now, peak
+
+
+def parse_memory(memory: str | int) -> int:
+    """Bytes of ``"2GiB"``, ``"500 MB"`` or a number of bytes.
+
+    Args:
+        memory: The amount.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        OptionError: It cannot be read, or is not positive.
+
+    Example:
+        >>> parse_memory("1.5GiB")
+        1610612736
+    """
+    units = {"": 1, "b": 1}
+    for power, letter in enumerate("kmgt", start=1):
+        units |= {f"{letter}ib": 1024**power, f"{letter}b": 1000**power, letter: 1024**power}
+    if isinstance(memory, int) and not isinstance(memory, bool) and memory > 0:
+        return memory
+    if isinstance(memory, str):
+        text = memory.strip().lower().replace(" ", "")
+        digits = text.rstrip("bikmgt")
+        try:
+            amount = float(digits) * units[text[len(digits) :]]
+        except (ValueError, KeyError):
+            amount = 0.0
+        if 0 < amount < float("inf"):
+            return int(amount)
+    raise OptionError(f"memory is {memory!r}: give bytes or a size such as '2GiB' or '500MB'.")
 
 
 def size_text(size: int) -> str:

@@ -16,13 +16,10 @@ explain.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
-from statistics import median
 from typing import Any
 
 import torch
@@ -35,7 +32,7 @@ from tracin.gradients.products import concatenate, held
 from tracin.gradients.targets import Factors, Target
 from tracin.scoring.aggregate import Groups, Sums, Targets, add_batch, score_targets, tiled, weighted
 from tracin.scoring.fits import VERBS, Sizes, query_budget, shorten_batches, sizes_of, ways_to_fit
-from tracin.scoring.memory import Resident, Watched, watched
+from tracin.scoring.measuring import Cost, Measuring
 from tracin.scoring.order import tile_spans
 from tracin.scoring.passes import HeldQueries, compared, same_queries, score_batch
 from tracin.scoring.plan import Plan
@@ -48,22 +45,6 @@ __all__ = ["plan"]
 # The least that libraries take when they are first used (kernels, buffers for packing), and free pieces between tensors, as
 # `python benchmarks/plan.py` found it on two CPU cores.
 LIBRARIES = 48 << 20
-# Seconds that repeating a batch for its time may take, and how often it is repeated at the most.
-PATIENCE, REPEATS = 0.5, 5
-
-
-@dataclass(frozen=True)
-class _Cost:
-    """A piece of work: its peak in bytes, what it leaves, its seconds, and the rows that it did."""
-
-    peak: int
-    kept: int
-    seconds: float
-    rows: int = 1
-
-    @property
-    def per_row(self) -> float:
-        return self.seconds / self.rows
 
 
 def _usual(source: Source) -> int:
@@ -112,14 +93,11 @@ class _Planning:
             groups = groups or Groups.of(None, len(run.asked.rows))
         self.groups = groups
         self.n, self.c = len(run.train.rows), len(run.trajectory)
-        self.device = run.loaded.device
-        with watched(self.device):
-            pass  # what watching itself takes is not the run's
-        self.resident, self.unexplained = Resident(), 0
-        self.first, _ = self._once(partial(run.load, 0))
+        self.clock = Measuring(run.loaded.device)
+        self.first, _ = self.clock.once(partial(run.load, 0))
         shorten_batches(run, self._sizes())
-        self.again, _ = self._once(partial(run.loaded.load, run.trajectory[0]))
-        self.checks: list[_Cost] = []
+        self.again, _ = self.clock.once(partial(run.loaded.load, run.trajectory[0]))
+        self.checks: list[Cost] = []
         self.copies = sum(_bytes(t) for t in {id(t): t for t in _tensors(run)}.values())
 
     def plan(self) -> Plan:
@@ -132,37 +110,10 @@ class _Planning:
     def _sizes(self) -> Sizes:
         return sizes_of(self.run, self.verb, self.k, len(self.groups or ()))
 
-    def _once(self, work: Callable[[], Any], *, watch: bool = True) -> tuple[_Cost, Any]:
-        """Work that cannot be repeated, watched and timed at once."""
-        start = time.perf_counter()
-        with watched(self.device) if watch else nullcontext(Watched()) as found:
-            out = work()
-        seconds = time.perf_counter() - start
-        self.resident.look()
-        return _Cost(found.peak, found.kept, seconds), out
-
-    def _repeated(self, work: Callable[[], int]) -> _Cost:
-        """Work that says how many rows it did: timed, and watched in the end, since watching takes memory and time."""
-        rows, times = work(), list[float]()
-        while len(times) < REPEATS and sum(times) < PATIENCE:
-            start = time.perf_counter()
-            work()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            times.append(time.perf_counter() - start)
-        self.resident.look()
-        with watched(self.device) as found:
-            work()
-        return _Cost(found.peak, found.kept, median(times), rows)
-
-    @property
-    def _told_by_kernel(self) -> bool:
-        return self.device.type == "cpu" and self.resident.tells
-
     def _check(self, source: Source) -> Any:
         """The first batch, checked; its gradients."""
         # Watching thousands of small operations takes more memory than they do.
-        cost, found = self._once(partial(self._first_batch, source), watch=not self._told_by_kernel)
+        cost, found = self.clock.once(partial(self._first_batch, source), watch=not self.clock.told_by_kernel)
         self.checks.append(cost)
         return found
 
@@ -173,8 +124,8 @@ class _Planning:
     def _self_influence(self) -> Plan:
         run = self.run
         routes = routes_of(run.train.wiring, self._check(run.train).blocks, {}, self.n)
-        step = self._repeated(self._own_step)
-        self._explain(max(step.peak, self.checks[0].peak))
+        step = self.clock.repeated(self._own_step)
+        self.clock.explain(self.first.peak, max(step.peak, self.checks[0].peak))
         parts = {"scores": self._sizes().result, "a batch": max(step.peak, self.checks[0].peak)}
         parts["rows kept"] = self._kept_rows(run.train)
         seconds = self._fixed() + self.c * step.per_row * self.n
@@ -202,9 +153,11 @@ class _Planning:
         largest = max((block.nbytes for block in queries.blocks.values()), default=0)
         del one
         self._check(run.train)
-        step = self._repeated(partial(self._train_step, queries))
+        step = self.clock.repeated(partial(self._train_step, queries))
         holding = int(per_query * tile)
-        self._explain(holding + max(step.peak, asked.peak, *(check.peak for check in self.checks)))
+        self.clock.explain(
+            self.first.peak, holding + max(step.peak, asked.peak, *(check.peak for check in self.checks))
+        )
         del queries
         fixed = self._fixed() + self.c * asked.per_row * m
         passes = self.c * len(tiles)
@@ -218,18 +171,11 @@ class _Planning:
         run, made = self.run, self._check(self.run.asked).blocks
         tiles = tiled(run, groups)
         tile = tiles[0]
-        # One batch as if all of its queries were of the tile.
-        inside = replace(groups, member=groups.member % len(tile))
-        value = next(iter(run.batches(run.asked, start=_usual(run.asked))))
-
-        def added() -> Sums:
-            sums: Sums = {}
-            add_batch(run, inside, tile, sums, *value)
-            return sums
-
-        asked = self._repeated(lambda: value[0].size if added() else 0)
+        asked = self.clock.repeated(lambda: self._sum_step(groups, tile)[0])
         members = int(groups.sizes[tile.start : tile.stop].sum())
-        sums = {names: _with_members(found.target(), members) for names, found in added().items()}
+        made_sums = self._sum_step(groups, tile)[1]
+        sums = {names: _with_members(found.target(), members) for names, found in made_sums.items()}
+        del made_sums
         holding = sum(target.nbytes for target in sums.values())
         joined = sum(target.nbytes for target in sums.values() if isinstance(target, Factors))
         routes = tuple(
@@ -237,18 +183,25 @@ class _Planning:
             for route in routes_of(run.train.wiring, made, {}, self.n)
         )
         del made
-        weighting, (targets, weights) = self._once(partial(weighted, run, sums, groups, tile, "mean"))
+        weighting, (targets, weights) = self.clock.once(partial(weighted, run, sums, groups, tile, "mean"))
         del sums
         self._check(run.train)
-        step = self._repeated(partial(self._target_step, targets, len(tile), weights))
+        step = self.clock.repeated(partial(self._target_step, targets, len(tile), weights))
         batch = max(asked.peak, joined, weighting.peak, step.peak, *(check.peak for check in self.checks))
-        self._explain(holding + batch)
+        self.clock.explain(self.first.peak, holding + batch)
         parts = {"scores": self._sizes().result, "sums of groups": holding, "a batch": batch}
         parts["rows kept"] = self._kept_rows(*run.sources())
         read = sum(_rows_read(run.asked.rows.sizes, groups, span) for span in tiles)
         passes = self.c * len(tiles)
         each = passes * (step.per_row * self.n + weighting.seconds) + self.c * asked.per_row * read
         return self._told(parts, self._fixed() + each, passes, routes)
+
+    def _sum_step(self, groups: Groups, tile: range) -> tuple[int, Sums]:
+        """One batch, as if all of its queries were of the tile."""
+        run, sums = self.run, Sums()
+        batch, value = next(iter(run.batches(run.asked, start=_usual(run.asked))))
+        add_batch(run, replace(groups, member=groups.member % len(tile)), tile, sums, batch, value)
+        return batch.size, sums
 
     def _target_step(self, targets: Targets, g: int, weights: Tensor | None) -> int:
         run, rows = self.run, 0
@@ -257,30 +210,24 @@ class _Planning:
             rows += batch.size
         return rows
 
-    def _explain(self, tensors: int) -> None:
-        """What loading and these batches took beyond their tensors."""
-        if self._told_by_kernel:
-            held_at_once = max(tensors, self.first.peak)
-            self.unexplained = max(self.unexplained, self.resident.growth - held_at_once)
-
     def _routes(self, found: Any) -> tuple[Route, ...]:
         plain = compared(self.run, found)
         kept = {names: held(block, self.n) for names, block in plain.items()}
         return routes_of(self.run.train.wiring, found.blocks, kept, self.n)
 
-    def _query_step(self) -> tuple[_Cost, HeldQueries]:
+    def _query_step(self) -> tuple[Cost, HeldQueries]:
         """One batch of queries, held."""
         run = self.run
         start = _usual(run.asked)
         size = next(iter(run.batches(run.asked, start=start)))[0].size
         rows = range(start, start + size)
-        cost = self._repeated(lambda: same_queries(run, rows).size)
+        cost = self.clock.repeated(lambda: same_queries(run, rows).size)
         return cost, same_queries(run, rows)
 
     def _train_step(self, queries: HeldQueries) -> int:
         run, rows = self.run, 0
         for batch, value in islice(run.batches(run.train, start=_usual(run.train)), 2):
-            value = to_device(value, run.loaded.device, copy=self.verb == "top_k")
+            value = to_device(value, run.loaded.device, copy=self.verb == "top_k" and run.train.rows.decodes)
             part = score_batch(run, batch, value, queries).cpu()
             sums = torch.zeros_like(part)
             sums += part
@@ -288,7 +235,7 @@ class _Planning:
         return rows
 
     def _influence_parts(
-        self, holding: int, asked: _Cost, largest: int, step: _Cost
+        self, holding: int, asked: Cost, largest: int, step: Cost
     ) -> tuple[dict[str, int], float]:
         run = self.run
         result = self._sizes().result
@@ -299,16 +246,18 @@ class _Planning:
         return {**parts, "rows kept": self._kept_rows(*run.sources())}, 0.0
 
     def _top_k_parts(
-        self, holding: int, asked: _Cost, largest: int, step: _Cost, tile: int
+        self, holding: int, asked: Cost, largest: int, step: Cost, tile: int
     ) -> tuple[dict[str, int], float]:
         run = self.run
         spans = tile_spans(run, most_rows(run, tile))
         rows, tiles = max(len(span) for span in spans), len(spans)
         value = next(iter(run.batches(run.train, start=_usual(run.train))))[0]
-        decoded = sum(_bytes(leaf) for leaf in _leaves(value.value)) // value.size
+        # What is in memory already is only looked at.
+        made = _leaves(value.value) if run.train.rows.decodes else []
+        decoded = sum(_bytes(leaf) for leaf in made) // value.size
         lists = Strongest(min(self.k, self.n), slice(0, tile), None)
         scores = torch.zeros(tile, rows, dtype=run.dtype)
-        cost, _ = self._once(partial(lists.add, scores, torch.arange(rows)))
+        cost, _ = self.clock.once(partial(lists.add, scores, torch.arange(rows)))
         del scores
         batch = max(step.peak, asked.peak, largest, *(check.peak for check in self.checks), cost.peak)
         run.stay_resident()
@@ -345,7 +294,7 @@ class _Planning:
     def _told(self, parts: dict[str, int], seconds: float, passes: int, routes: tuple[Route, ...]) -> Plan:
         run = self.run
         loading = max(0, self.first.peak - sum(parts.values()))
-        libraries = max(LIBRARIES, self.unexplained)
+        libraries = max(LIBRARIES, self.clock.unexplained)
         own = {"copies of the parameters": self.copies, "loading": loading, "libraries": libraries}
         peak = sum(parts.values()) + sum(own.values())
         sizes = self._sizes()

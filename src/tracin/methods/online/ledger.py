@@ -24,7 +24,7 @@ from tracin.methods.provenance import versions
 from tracin.methods.settings import require_task
 from tracin.options import whole_number
 from tracin.results import Scores
-from tracin.scoring.run import parse_memory
+from tracin.scoring.memory import parse_memory
 from tracin.tasks import Task
 
 __all__ = ["OnlineTracIn"]
