@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +10,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import tracin
-from scoring.common import handmade, rows, run
+from scoring.common import M, handmade, rows, run
+from tracin.scoring import run as module
 from tracin.scoring.batching import batch_rows
 from tracin.scoring.run import Settings, opened
 
@@ -59,3 +61,17 @@ def test_the_batches_go_by_the_gradients_that_are_multiplied_out() -> None:
         run.load(0)
         assert run.train.wiring.route("w").startswith("vmap")
         assert 30 << 20 < max(run.train.rows.sizes) * (8 << 18) <= 40 << 20
+
+
+def test_only_train_batches_read_the_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of queries need not be large beside the gradients of all of them."""
+    beside = []
+
+    def noted(*_: int, queries: int, **__: int) -> tuple[int, int]:
+        beside.append(queries)
+        return 3, 8
+
+    monkeypatch.setattr(module, "batch_rows", noted)
+    with run(batch_size="auto") as found:
+        found.load(0)
+        assert beside == [M * found.size * 8, 0]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 __all__ = ["MOST_DECODED", "MOST_ROWS", "batch_rows"]
 
-# Under batch_size="auto", as `python benchmarks/batches.py` found it on two CPU cores: a batch gains from more rows until
-# its tensors leave the caches, and up to 150 rows even beyond. Every batch reads the queries' gradients once, so where those
-# are large it should not be small beside them. No tensor of the graph should reach 32 MiB, from where on glibc asks the
-# system for every block anew; nor, beyond 150 rows, should a batch's scores. Rows that a dataset makes may be padded to the
-# longest of their batch, and are read while the batch before is computed, so that fewer are taken at once. The first batch
-# is short: it is checked against autograd, which costs several passes over it.
+# As `python benchmarks/batches.py` found it on two CPU cores: a batch gains from more rows until its tensors leave the caches,
+# and up to 150 rows even beyond. Every train batch reads the queries' gradients once, so where those are large it should not be
+# small beside them. No tensor of the graph should reach 32 MiB, from where on glibc asks the system for every block anew; nor,
+# beyond 150 rows, should a batch's scores. Rows that a dataset makes may be padded to the longest of their batch, and are read
+# while the batch before is computed, so that fewer are taken at once. The first batch is short: it is checked against autograd,
+# which costs several passes over it.
 CACHED_BYTES, BATCH_BYTES, TENSOR_BYTES = 48 << 20, 384 << 20, 31 << 20
 MOST_ROWS, MOST_DECODED, ENOUGH_ROWS, FEWEST_CHECKED, MOST_CHECKED = 2048, 512, 150, 8, 64
 
@@ -22,7 +22,7 @@ def batch_rows(
     Args:
         row_bytes: What a batch holds of one row: the graph, and gradients that are multiplied out.
         memory: The bound that the user gave, of which a batch may take a fifth, or a third beside large queries.
-        queries: Bytes of the queries' gradients, multiplied out.
+        queries: Bytes of the queries' gradients, multiplied out, where each batch reads them.
         tensor: What one row adds to the graph's largest tensor.
         scores: Bytes of one row's scores.
         most: No more rows than this.

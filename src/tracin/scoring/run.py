@@ -148,7 +148,7 @@ class Run:
                 first, rest = batch_rows(
                     wiring.row_bytes,
                     self.settings.memory,
-                    queries=scores * self.size,
+                    queries=scores * self.size if source is self.train else 0,
                     tensor=wiring.row_tensor,
                     scores=max(1, scores),
                     most=MOST_DECODED if source.rows.decodes else MOST_ROWS,
