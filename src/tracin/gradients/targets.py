@@ -168,12 +168,16 @@ def _add_multiplied_out(pieces: Iterable[MultipliedOut], members: Members, out: 
     """Single rows' gradients, in pieces of consecutive rows."""
     groups, of_row = torch.tensor(members.groups, device=out.device), members.of_rows().to(out.device)
     seen, start = [], 0
-    for rows in pieces:
-        table = rows.values.new_zeros(len(groups), rows.size)
-        sums = replace(rows, values=add_rows(table, of_row[start : start + len(rows)], rows.values))
-        out[groups] += sums.materialise()
-        seen.append(table.sum())
-        start += len(rows)
+    for piece in pieces:
+        rows, group = piece, of_row[start : start + len(piece)]
+        if len(groups) < len(rows):
+            table = rows.values.new_zeros(len(groups), rows.size)
+            rows = replace(rows, values=add_rows(table, group, rows.values))
+            group = torch.arange(len(groups), device=out.device)
+        values = rows.materialise()
+        add_rows(out, groups[group], values.to(out.dtype))
+        seen.append(values.sum())
+        start += len(piece)
     return torch.stack(seen).sum()
 
 
