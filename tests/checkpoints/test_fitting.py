@@ -175,6 +175,12 @@ def test_a_dtype_that_loses_is_refused(source: torch.dtype, target: torch.dtype)
         fit(Checkpoint(state), model)
 
 
+def test_packed_values_are_refused() -> None:
+    state = {"weight": torch.empty(1, 2, dtype=torch.float4_e2m1fn_x2), "bias": torch.zeros(1)}
+    with pytest.raises(CheckpointError, match=r"'weight' is torch\.float4_e2m1fn_x2.*without loss"):
+        fit(Checkpoint(state), nn.Linear(2, 1))
+
+
 def test_a_nan_in_eight_bits_is_named() -> None:
     state = {"weight": torch.full((1, 2), float("nan")).to(torch.float8_e4m3fn), "bias": torch.zeros(1)}
     with pytest.raises(CheckpointError, match="'weight' has a NaN"):

@@ -129,6 +129,9 @@ def test_rows_are_run_by_themselves_and_named() -> None:
     assert seen == [(1, [2]), (1, [0])]
     assert found["layer.bias"].shape == (2, 2)
     torch.testing.assert_close(found["layer.bias"], all_ways(model, rows())["alone"]["layer.bias"][[2, 0]])
+    weights = torch.tensor([0.5, 3.0], dtype=torch.float64)
+    total = reference.summed_alone(losses_of, take, [2, 0], {"layer.bias": model.layer.bias}, weights)  # type: ignore[dict-item]
+    torch.testing.assert_close(total["layer.bias"], weights @ found["layer.bias"])
 
 
 def test_deltas_come_with_the_same_gradients() -> None:

@@ -100,6 +100,8 @@ def _lossless(source: torch.dtype, target: torch.dtype) -> bool:
         return True
     if source.is_complex or torch.bool in (source, target):
         return torch.promote_types(source, target) == target
+    if torch.float4_e2m1fn_x2 in (source, target):  # two values in one entry
+        return False
     if source.is_floating_point:
         own, other = torch.finfo(source), torch.finfo(target)
         smallest = other.tiny * other.eps <= own.tiny * own.eps

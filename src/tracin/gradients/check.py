@@ -27,7 +27,7 @@ from tracin.checksums import row_checksums, same_checksums
 from tracin.data import Batch
 from tracin.errors import DataError, LossError
 from tracin.gradients import reference
-from tracin.gradients.agreement import accumulation_dtype, relative_error, tolerance
+from tracin.gradients.agreement import relative_error, tolerance
 from tracin.gradients.engine import BatchGradients, Keys, Source, batch_gradients
 from tracin.gradients.probe import refuse_mixing as same_rows
 from tracin.gradients.sites import LocalSite, RuleSite, Wiring
@@ -119,11 +119,9 @@ def _failures(
     failed = comparison.failed()
     doubted = {name: against[name] for name in failed if name not in source.wiring.by_row}
     if doubted:
-        alone = reference.alone(source.run, source.take, batch.rows, doubted)
         apart = _Comparison(against, source.dtype)
-        rows = {name: values.to(accumulation_dtype(values.dtype)) for name, values in alone.items()}
-        summed = {name: weights.to(values.dtype) @ values for name, values in rows.items()}
-        apart.add(sums, summed, scales, total)
+        alone = reference.summed_alone(source.run, source.take, batch.rows, doubted, weights)
+        apart.add(sums, alone, scales, total)
         failed = {name: error for name, error in failed.items() if name not in doubted} | apart.failed()
     return failed, comparison.zero
 

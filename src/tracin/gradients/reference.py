@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-__all__ = ["alone", "in_graph", "in_graph_with_deltas", "summed"]
+from tracin.gradients.agreement import accumulation_dtype
+
+__all__ = ["alone", "in_graph", "in_graph_with_deltas", "summed", "summed_alone"]
 
 
 def _grad(scalar: Tensor, parameters: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
@@ -105,4 +107,34 @@ def alone(
         losses = losses_of(take([row]), [row])
         for name, gradient in _grad(losses[0], parameters, keep=False).items():
             out[name][at] = gradient.reshape(-1)
+    return out
+
+
+def summed_alone(
+    losses_of: Callable[[Any, Sequence[int]], Tensor],
+    take: Callable[[Sequence[int]], Any],
+    rows: Sequence[int],
+    parameters: Mapping[str, Tensor],
+    weights: Tensor,
+) -> dict[str, Tensor]:
+    """The weighted sum of the gradients of several rows, each run by itself; no more than the sum is held.
+
+    Args:
+        losses_of: ``losses_of(batch, rows) -> Tensor [n]``.
+        take: Makes a batch of the rows asked for.
+        rows: Positions in the data.
+        parameters: Parameters by name.
+        weights: One weight per row.
+
+    Returns:
+        Each parameter's sum, in float32 or better.
+    """
+    out = {
+        name: torch.zeros_like(parameter, dtype=accumulation_dtype(parameter.dtype)).detach()
+        for name, parameter in parameters.items()
+    }
+    for weight, row in zip(weights.tolist(), rows, strict=True):
+        losses = losses_of(take([row]), [row])
+        for name, gradient in _grad(losses[0], parameters, keep=False).items():
+            out[name] += weight * gradient.to(out[name].dtype)
     return out
