@@ -124,7 +124,8 @@ def layer_table(found: dict[str, Any]) -> list[str]:
 
 INTRODUCTION = """# Where the time goes
 
-`python benchmarks/run.py --profile all --write-docs` writes this page. Each model's stages are clocked inside one process, in
+`python benchmarks/run.py --profile all --write-docs` writes this page, and one model's name in place of `all` its section
+(`--verb self_influence` for that verb). Each model's stages are clocked inside one process, in
 turns with the plain pass; a stage that calls another is not charged for it. All numbers are medians; × pass is in units of
 one plain pass.
 
@@ -136,24 +137,33 @@ ours, so that what slows one slows all. The tables of layers are measured one af
 """
 
 
-def markdown(found: Sequence[dict[str, Any]]) -> str:
-    """The page of the documentation."""
-    parts = [INTRODUCTION]
-    for one in found:
-        n, m, checkpoints = one["sizes"]
-        facts = one["machine"]
-        head = f"{n:,} rows × {m} queries × {checkpoints} checkpoint{'s' if checkpoints != 1 else ''}"
-        where = (
-            f"{facts['threads']} threads of {facts['cpus']} CPUs ({facts['vectors']}), torch {facts['torch']}"
-        )
-        parts.append(
-            "\n".join([
-                f"## {one['title']}: `{one['verb']}`", "",
-                f"{head}, {one['rounds']} rounds, {where}: plain pass {one['pass']:.3f} s, ratio {one['ratio']:.2f}.", "",
-                " ".join(told(one)), "",
-                *table("stage of the plain pass", one["plain"], one["pass"]), "",
-                *table(f"stage of `{one['verb']}`", one["stages"], one["pass"]), "",
-                *layer_table(one), "",
-            ])
-        )  # fmt: skip
-    return "\n".join(parts)
+def markdown(found: Sequence[dict[str, Any]], before: str = "") -> str:
+    """The page of the documentation.
+
+    Args:
+        found: Profiles.
+        before: The page as it was: its sections of other models and verbs stay.
+
+    Returns:
+        The page.
+    """
+    sections = dict(part.split("\n", 1) for part in before.split("\n## ")[1:])
+    sections |= {f"{one['title']}: `{one['verb']}`": section(one) for one in found}
+    texts = [f"## {heading}\n{text.rstrip()}\n" for heading, text in sections.items()]
+    return "\n".join([INTRODUCTION, *texts])
+
+
+def section(one: dict[str, Any]) -> str:
+    """What stands below a model's heading."""
+    n, m, checkpoints = one["sizes"]
+    facts = one["machine"]
+    head = f"{n:,} rows × {m} queries × {checkpoints} checkpoint{'s' if checkpoints != 1 else ''}"
+    where = f"{facts['threads']} threads of {facts['cpus']} CPUs ({facts['vectors']}), torch {facts['torch']}"
+    return "\n".join([
+        "",
+        f"{head}, {one['rounds']} rounds, {where}: plain pass {one['pass']:.3f} s, ratio {one['ratio']:.2f}.", "",
+        " ".join(told(one)), "",
+        *table("stage of the plain pass", one["plain"], one["pass"]), "",
+        *table(f"stage of `{one['verb']}`", one["stages"], one["pass"]), "",
+        *layer_table(one), "",
+    ])  # fmt: skip

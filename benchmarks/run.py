@@ -145,7 +145,8 @@ def profiles(options: argparse.Namespace) -> None:
         found.append(profile_apart(options, name))
         print("\n".join(found[-1]["lines"]), end="\n\n", flush=True)
     if options.write_docs:
-        (DOCS / "speed-profile.md").write_text(profile_page(found))
+        page = DOCS / "speed-profile.md"
+        page.write_text(profile_page(found, page.read_text() if page.exists() else ""))
 
 
 def main() -> None:

@@ -230,6 +230,10 @@ def test_the_profile_of_a_model(tmp_path: Path) -> None:
     page = profiles.markdown([found])
     assert "The program written by hand takes" in page
     assert page.count("Linear") > 4
+    other = profiles.markdown([{**found, "verb": "top_k"}], page)
+    assert other.count("\n## ") == 2, "the section of another verb stays"
+    assert profiles.markdown([{**found, "rounds": 77}], other).count("77 rounds") == 1
+    assert profiles.markdown([found], other) == other
 
 
 def test_the_growth_page_tells_the_power(tmp_path: Path) -> None:
