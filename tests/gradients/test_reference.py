@@ -125,12 +125,13 @@ def test_rows_are_run_by_themselves_and_named() -> None:
     def take(asked: Sequence[int]) -> Any:
         return x[list(asked)], index[list(asked)]
 
-    found = reference.alone(losses_of, take, [2, 0], {"layer.bias": model.layer.bias})  # type: ignore[dict-item]
+    bias = {"layer.bias": model.get_parameter("layer.bias")}
+    found = reference.alone(losses_of, take, [2, 0], bias)
     assert seen == [(1, [2]), (1, [0])]
     assert found["layer.bias"].shape == (2, 2)
     torch.testing.assert_close(found["layer.bias"], all_ways(model, rows())["alone"]["layer.bias"][[2, 0]])
     weights = torch.tensor([0.5, 3.0], dtype=torch.float64)
-    total = reference.summed_alone(losses_of, take, [2, 0], {"layer.bias": model.layer.bias}, weights)  # type: ignore[dict-item]
+    total = reference.summed_alone(losses_of, take, [2, 0], bias, weights)
     torch.testing.assert_close(total["layer.bias"], weights @ found["layer.bias"])
 
 

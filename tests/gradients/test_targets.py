@@ -13,7 +13,8 @@ from tracin.gradients import blocks, pictures
 from tracin.gradients.blocks import Dense, Outer, Rows, Sum
 from tracin.gradients.convolution import ConvolutionShape
 from tracin.gradients.pictures import Convolution, Filters
-from tracin.gradients.targets import Factors, GroupSums, Members, dot_targets
+from tracin.gradients.sums import Members
+from tracin.gradients.targets import Factors, GroupSums, dot_targets
 
 CPU = torch.device("cpu")
 LIKE = torch.empty(0, dtype=torch.float64)

@@ -29,8 +29,9 @@ def test_rows_of_a_batch_stay_within_the_memory(
     first, rest = batch_rows(row_bytes, memory, queries, tensor, scores)
     assert 1 <= first <= rest <= 2048
     assert rest <= 150 or rest * scores < 32 << 20
-    share = memory // 3 if queries else memory // 5
-    assert rest == 1 or (rest * row_bytes <= share and rest * tensor < 32 << 20)
+    held = rest * row_bytes
+    assert rest == 1 or held <= memory // 5 or held <= min(3 * queries, memory // 3)
+    assert rest == 1 or rest * tensor < 32 << 20
     assert batch_rows(row_bytes, memory, 0, tensor, scores)[1] <= rest
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -52,6 +51,19 @@ def test_less_memory_means_more_passes_and_a_lower_peak() -> None:
     assert tight.peak_bytes < roomy.peak_bytes
 
 
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """From here on, how many rows of each side had their gradients made."""
+    passes: Counter[str] = Counter()
+    gradients = run_module.Run.gradients
+
+    def noted(self: Run, source: Source, batch: Batch, value: Any) -> Any:
+        passes[source.rows.name] += batch.size
+        return gradients(self, source, batch, value)
+
+    monkeypatch.setattr(run_module.Run, "gradients", noted)
+    return passes
+
+
 @pytest.mark.parametrize("memory", [9_000, 20_000, 1 << 20])
 @pytest.mark.parametrize("batch_size", ["auto", 7])
 @pytest.mark.parametrize("verb", ["influence", "top_k"])
@@ -61,18 +73,10 @@ def test_passes_are_those_of_the_run(
     """Tiles are whole batches of queries, of which the first is short."""
     monkeypatch.setattr(run_module, "batch_rows", lambda *_, **__: (3, 8))
     train, queries = rows(23, 1), rows(37, 2)
-    passes: Counter[str] = Counter()
-    read = run_module.Run.read
-
-    def counted(self: Run, source: Source, **options: Any) -> Iterator[Batch]:
-        for batch in read(self, source, **options):
-            passes[source.rows.name] += batch.size
-            yield batch
-
     chosen = method(memory=memory, batch_size=batch_size)
     plan = chosen.plan(train, queries, verb=verb, k=2)
     assert plan.fits
-    monkeypatch.setattr(run_module.Run, "read", counted)
+    passes = counted(monkeypatch)
     getattr(chosen, verb)(train, queries, **({"k": 2} if verb == "top_k" else {}))
     assert passes["train"] == 23 * plan.passes
 
@@ -86,13 +90,6 @@ def test_passes_for_groups_are_those_of_the_run(
     """Where memory is short, groups go in tiles."""
     monkeypatch.setattr(run_module, "batch_rows", lambda *_, **__: (5, 8))
     train, queries = rows(23, 1), rows(37, 2)
-    passes: Counter[str] = Counter()
-    gradients = run_module.Run.gradients
-
-    def counted(self: Run, source: Source, batch: Batch, value: Any) -> Any:
-        passes[source.rows.name] += batch.size
-        return gradients(self, source, batch, value)
-
     chosen = method(memory=max(memory, 8 * 23 * 5 + 3_000), normalize=normalize)
     plan = chosen.plan(train, queries, verb="aggregate", by=by)
     assert plan.fits
@@ -100,7 +97,7 @@ def test_passes_for_groups_are_those_of_the_run(
     parts = dict(plan.parts)
     assert parts["scores"] == (1 if by is None else 5) * 23 * 8
     assert parts["sums of groups"] > 0
-    monkeypatch.setattr(run_module.Run, "gradients", counted)
+    passes = counted(monkeypatch)
     chosen.aggregate(train, queries, by=by)
     assert passes["train"] == 23 * plan.passes
     assert 37 * len(RATES) <= passes["queries"] <= 37 * plan.passes, (

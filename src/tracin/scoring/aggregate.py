@@ -23,7 +23,8 @@ from tracin.errors import NotFiniteError, OptionError
 from tracin.gradients.blocks import Block
 from tracin.gradients.engine import BatchGradients, name_not_finite
 from tracin.gradients.products import widened
-from tracin.gradients.targets import GroupSums, Members, Target, dot_targets
+from tracin.gradients.sums import Members
+from tracin.gradients.targets import GroupSums, Target, dot_targets
 from tracin.progress import Progress, progress
 from tracin.scoring.fits import query_budget, refuse_too_large
 from tracin.scoring.passes import compared

@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from tracin.data import to_device, value_bytes
+from tracin.gradients.blocks import total_bytes
 from tracin.gradients.engine import Source
 from tracin.gradients.products import concatenate, held
 from tracin.gradients.targets import Factors, Target
@@ -98,7 +98,7 @@ class _Planning:
         shorten_batches(run, self._sizes())
         self.again, _ = self.clock.once(partial(run.loaded.load, run.trajectory[0]))
         self.checks: list[Cost] = []
-        self.copies = sum(_bytes(t) for t in {id(t): t for t in _tensors(run)}.values())
+        self.copies = total_bytes(*{id(t): t for t in _tensors(run)}.values())
 
     def plan(self) -> Plan:
         if self.verb == "self_influence":
@@ -253,8 +253,7 @@ class _Planning:
         rows, tiles = max(len(span) for span in spans), len(spans)
         value = next(iter(run.batches(run.train, start=_usual(run.train))))[0]
         # What is in memory already is only looked at.
-        made = _leaves(value.value) if run.train.rows.decodes else []
-        decoded = sum(_bytes(leaf) for leaf in made) // value.size
+        decoded = (value_bytes(value.value) or 0) // value.size if run.train.rows.decodes else 0
         lists = Strongest(min(self.k, self.n), slice(0, tile), None)
         scores = torch.zeros(tile, rows, dtype=run.dtype)
         cost, _ = self.clock.once(partial(lists.add, scores, torch.arange(rows)))
@@ -341,14 +340,6 @@ def _summed_route(route: Route, target: Target | None, g: int) -> Route:
     held = "left in the members' factors" if isinstance(target, Factors) else "multiplied out"
     size = target.nbytes // g
     return replace(route, queries_held=type(target).__name__, bytes_per_query=size, why=f"sums, {held}")
-
-
-def _leaves(value: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _tensors(run: Run) -> list[Tensor]:
