@@ -2,6 +2,7 @@
 
     python benchmarks/convolutions.py                     milliseconds by route, and the one that is taken
     python benchmarks/convolutions.py --sides 7 --kernels 3
+    python benchmarks/convolutions.py --norms             the same for the norms of the gradients
 
 Pictures lie with their channels apart (torch's ordinary order) or side by side (``channels_last``); the routes take turns.
 Rows are as many as keep every tensor below 12 MiB, and 100 at the most.
@@ -17,16 +18,35 @@ import torch
 from narrow import medians
 from torch import Tensor
 
-from tracin.gradients import convolution
+from tracin.gradients import convolution, gram
+from tracin.gradients.blocks import tiles
 from tracin.gradients.convolution import ConvolutionShape
+from tracin.gradients.pictures import Convolution
 from tracin.scoring.memory import freed_memory_kept
 
 CHANNELS = ((1, 16), (3, 16), (16, 16), (32, 32), (32, 64), (64, 64), (128, 128))
 ELEMENTS = 3 << 20
-ROUTES: dict[str, Callable[..., Tensor]] = {
+GRADIENTS: dict[str, Callable[..., Tensor]] = {
     "grouped": convolution._by_grouped_convolution,
     "patches": convolution._by_patches,
     "kernel first": convolution.kernel_first_gradient,
+}
+
+
+def multiplied_out(x: Tensor, d: Tensor, shape: ConvolutionShape) -> Tensor:
+    block = Convolution(x[:, None], d[:, None], shape)
+    parts = [block.rows(*span).multiplied_out().squared_norm() for span in tiles(len(x), shape.weight_size)]
+    return torch.cat(parts)
+
+
+def by_gram(pixels: bool, x: Tensor, d: Tensor, shape: ConvolutionShape) -> Tensor:
+    return gram._norm(x, d, shape, pixels)
+
+
+NORMS: dict[str, Callable[..., Tensor]] = {
+    "multiplied out": multiplied_out,
+    "patches": partial(by_gram, False),
+    "pixels": partial(by_gram, True),
 }
 
 
@@ -45,24 +65,32 @@ def shapes(options: argparse.Namespace) -> Iterator[tuple[ConvolutionShape, int,
                     yield shape, side, max(4, min(100, ELEMENTS // largest))
 
 
-def taken(d: Tensor, shape: ConvolutionShape) -> str:
+def taken_for_gradients(_: Tensor, d: Tensor, shape: ConvolutionShape) -> str:
     if convolution.kernel_first(d, shape):
         return "kernel first"
     return "patches" if convolution._patches_are_cheaper(d, shape) else "grouped"
+
+
+def taken_for_norms(x: Tensor, d: Tensor, shape: ConvolutionShape) -> str:
+    if not gram.gram_is_cheaper(x, d, shape):
+        return "multiplied out"
+    return "pixels" if gram._pixels_are_cheaper(x, d, shape) else "patches"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Weight gradients of convolutions by each route.")
     parser.add_argument("--kernels", nargs="+", type=int, default=[1, 3])
     parser.add_argument("--sides", nargs="+", type=int, default=[4, 8, 14, 28])
+    parser.add_argument("--norms", action="store_true", help="norms, not the gradients themselves")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
+    routes, taken = (NORMS, taken_for_norms) if options.norms else (GRADIENTS, taken_for_gradients)
     torch.set_num_threads(options.threads)
     print(
-        "| channels | kernel | side | stride | rows | order |", *(f"{name} |" for name in ROUTES), "taken |"
+        "| channels | kernel | side | stride | rows | order |", *(f"{name} |" for name in routes), "taken |"
     )
-    print("|---|---:|---:|---:|---:|---|" + "---:|" * len(ROUTES) + "---|")
+    print("|---|---:|---:|---:|---:|---|" + "---:|" * len(routes) + "---|")
     with freed_memory_kept():
         for shape, side, rows in shapes(options):
             (kernel, _), (stride, _), pad = shape.kernel, shape.stride, shape.padding[0]
@@ -74,12 +102,12 @@ def main() -> None:
             for order, memory in (("apart", torch.contiguous_format), ("inside", torch.channels_last)):
                 x, d = (torch.empty_like(leaf, memory_format=memory).copy_(leaf) for leaf in leaves)
                 found = medians(
-                    {name: partial(route, x, d, shape) for name, route in ROUTES.items()}, options.rounds
+                    {name: partial(route, x, d, shape) for name, route in routes.items()}, options.rounds
                 )
                 spent = " | ".join(f"{1e3 * seconds:.2f}" for seconds in found.values())
                 print(
                     f"| {shape.in_channels} → {shape.out_channels} | {kernel} | {side} | {stride} | {rows} | {order} | {spent} | "
-                    f"{taken(d, shape)} |",
+                    f"{taken(x, d, shape)} |",
                     flush=True,
                 )
 

@@ -98,6 +98,24 @@ def batched(x: Tensor, d: Tensor, _: nn.Linear) -> Tensor:
     return (d.reshape(n, -1, d.shape[-1]).mT @ x.reshape(n, -1, x.shape[-1])).flatten(1)
 
 
+def norms_by_pixels(x: Tensor, d: Tensor, module: nn.Conv2d) -> Tensor:
+    """Squared norms per row: Σ over pixels t and s of ⟨δ_t, δ_s⟩ Σ_k ⟨x_(t+k), x_(s+k)⟩."""
+    (down, right), (n, _, high, wide) = module.padding, d.shape
+    x = nn.functional.pad(x, (right, right, down, down))
+    pairs = (x.flatten(2).mT @ x.flatten(2)).view(n, *x.shape[2:], *x.shape[2:])
+    pairs = sum(pairs[:, at, :, at] for at in read(module, 0, high))
+    pairs = sum(pairs[:, :, at, :, at] for at in read(module, 1, wide))
+    return (pairs.flatten(1) * (d.flatten(2).mT @ d.flatten(2)).flatten(1)).sum(1)
+
+
+def read(module: nn.Conv2d, axis: int, size: int) -> list[slice]:
+    """What each entry of the kernel reads along an axis."""
+    step, apart = module.stride[axis], module.dilation[axis]
+    return [
+        slice(k * apart, k * apart + step * (size - 1) + 1, step) for k in range(module.kernel_size[axis])
+    ]
+
+
 # By name; a layer without one is left in its factors.
 WAYS: dict[str, Way] = {
     "grouped convolution": grouped,
@@ -105,6 +123,8 @@ WAYS: dict[str, Way] = {
     "patches, channels inside": turned,
     "batched product": batched,
 }
+# Ways of a norm that make no gradients.
+NORM_WAYS: dict[str, Way] = {"products of pixels": norms_by_pixels}
 
 
 NORMS = (nn.BatchNorm2d, nn.LayerNorm)
@@ -267,7 +287,9 @@ def norms(sites: list[Site], ways: dict[str, str]) -> Tensor:
     """Σ over layers of each row's squared norm, [n]."""
     total = torch.linalg.vector_norm(small(sites, ways), dim=1).square()
     for site in heavy(sites):
-        if way := WAYS.get(ways[site.name]):
+        if way := NORM_WAYS.get(ways[site.name]):
+            total += way(site.x, site.d, site.module)
+        elif way := WAYS.get(ways[site.name]):
             total += torch.linalg.vector_norm(way(site.x, site.d, site.module), dim=1).square()
         else:
             x, d = (leaf.reshape(len(leaf), -1, leaf.shape[-1]) for leaf in (site.x, site.d))
@@ -282,8 +304,8 @@ def gemm(rows: int, queries: int, size: int, time: Timer) -> float:
     return time(lambda: one @ other.mT)
 
 
-def costs(site: Site, queries: int, time: Timer) -> tuple[float, float, float, str]:
-    """Seconds of a batch: the ordinary weight gradient, the cheapest for each row, its products; and how."""
+def costs(site: Site, queries: int, norms: bool, time: Timer) -> tuple[float, float, float, str]:
+    """Seconds of a batch: the ordinary weight gradient, the cheapest for each row (or its norm), its products; and how."""
     module, x, d = site.module, site.x, site.d
     if isinstance(module, nn.Conv2d):
         ordinary = time(
@@ -292,7 +314,9 @@ def costs(site: Site, queries: int, time: Timer) -> tuple[float, float, float, s
                 [False, True, False],
             )
         )  # fmt: skip
-        spent = {name: time(partial(WAYS[name], x, d, module)) for name in WAYS if name != "batched product"}
+        few = norms and len(x) * x[0, 0].numel() ** 2 <= MOST_PAIRS
+        ways = WAYS | NORM_WAYS if few else WAYS
+        spent = {name: time(partial(ways[name], x, d, module)) for name in ways if name != "batched product"}
         way = min(spent, key=spent.__getitem__)
         return ordinary, spent[way], gemm(len(x), queries, module.weight.numel(), time), way
     flat = [leaf.reshape(-1, leaf.shape[-1]) for leaf in (x, d)]
@@ -339,7 +363,7 @@ def least(workload: Workload, verb: str, now: Callable[[], float]) -> Least:
     size, layers = len(batch[0]), []
     asked = 0 if verb == "self_influence" else m
     for site in heavy(found):
-        ordinary, per_row, products, way = costs(site, m, partial(seconds_of, now=now))
+        ordinary, per_row, products, way = costs(site, m, not asked, partial(seconds_of, now=now))
         every, train = (n + asked) / size * checkpoints, n / size * checkpoints
         what = type(site.module).__name__ + " " + "×".join(map(str, site.module.weight.shape))
         multiplied = products * train if asked else 0.0

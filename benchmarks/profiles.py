@@ -131,9 +131,10 @@ one plain pass.
 
 What an exact method cannot save is measured by a program that was written by hand for these models, with torch alone
 (`benchmarks/floor.py`): the forward pass; the backward pass with every parameter frozen; each row's gradients of linear
-layers, convolutions and norm layers, in the cheapest of the known exact ways, which it is told beforehand; and their products
-with the queries'. It leaves out embeddings, checks nothing, and finds no routes. It runs in turns with the plain pass and with
-ours, so that what slows one slows all. The tables of layers are measured one after another, on one batch.
+layers, convolutions and norm layers (or their norms alone), in the cheapest of the known exact ways, which it is told
+beforehand; and their products with the queries'. It leaves out embeddings, checks nothing, and finds no routes. It runs in
+turns with the plain pass and with ours, so that what slows one slows all. The tables of layers are measured one after
+another, on one batch.
 """
 
 

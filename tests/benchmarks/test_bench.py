@@ -132,6 +132,7 @@ def test_the_floors_ways_give_each_rows_gradient(stride: int, padding: Any, dila
     for way in (floor.grouped, floor.unfolded):
         assert torch.allclose(way(x, d, module), truth.flatten(1))
     assert torch.allclose(floor.turned(x, d, module), truth.flatten(3).mT.flatten(1))
+    assert torch.allclose(floor.norms_by_pixels(x, d, module), truth.flatten(1).square().sum(1))
 
 
 def convolutions() -> nn.Module:

@@ -11,15 +11,13 @@ from torch import Tensor
 from tracin.gradients.blocks import Block, Dense, MultipliedOut, Outer, tiles, total_bytes
 from tracin.gradients.convolution import (
     ConvolutionShape,
-    columns,
     kernel_first,
     kernel_first_gradient,
-    kernel_first_patches,
     patch_elements,
     patches,
-    pixels_first,
     weight_gradient,
 )
+from tracin.gradients.gram import gram_is_cheaper, gram_norm
 from tracin.shapes import Float
 
 __all__ = ["Convolution", "Filters"]
@@ -48,22 +46,11 @@ class Convolution(Block):
         return self.shape.weight_size
 
     def squared_norm(self) -> Float[Tensor, " n"]:
-        o, t = self.shape.out_channels, self.d[0, 0, 0].numel()
-        i = self.size // o
-        if self.x.shape[1] > 1 or self.shape.groups > 1 or t * (i + o) >= i * o:
-            spans = tiles(len(self), self.size)
-            return torch.cat([self.rows(*span).multiplied_out().squared_norm() for span in spans])
-        # ‖Σ_t δ_t ⊗ a_t‖² = Σ_ts (a_t·a_s)(δ_t·δ_s)
-        parts = []
-        for start, stop in tiles(len(self), t * (i + 2 * t)):
-            x, d = self.x[start:stop, 0], self.d[start:stop, 0]
-            if kernel_first(d, self.shape):
-                a = kernel_first_patches(x, self.shape, tuple(d.shape[2:]))  # [n, t, i]
-            else:
-                a = columns(x, self.shape, tuple(d.shape[2:])).mT
-            d = pixels_first(d)  # [n, t, o]
-            parts.append((torch.bmm(a, a.mT) * torch.bmm(d, d.mT)).sum((1, 2)))
-        return torch.cat(parts).clamp_min(0.0)
+        x, d = self.x[:, 0], self.d[:, 0]
+        if self.x.shape[1] == 1 and gram_is_cheaper(x, d, self.shape):
+            return gram_norm(x, d, self.shape)
+        spans = tiles(len(self), self.size)
+        return torch.cat([self.rows(*span).multiplied_out().squared_norm() for span in spans])
 
     def multiplied_out(self) -> Dense | Filters:
         """Multiplied out in the order of entries that costs least."""

@@ -1,0 +1,162 @@
+r"""The norm of a convolution's weight gradient by Gram matrices of its pictures, for small maps of many channels.
+
+With δ_t at the pixel t of the output and patches a_t[k, c] = x[c, stride·t + dilation·k - padding], 0 outside the picture,
+
+    ‖Σ_t δ_t ⊗ a_t‖² = Σ_ts ⟨a_t, a_s⟩ ⟨δ_t, δ_s⟩
+    ⟨a_t, a_s⟩ = Σ_k P[stride·t + dilation·k - padding, stride·s + dilation·k - padding] ,   P[u, v] = ⟨x_u, x_v⟩
+
+so that products of pixels do, which are fewer than those of patches by the size of the kernel: each k reads P further
+along its diagonals. Only pixels whose places leave the same remainder by the stride ever meet, so that every remainder has a
+P of its own. The sum over k is taken axis by axis. Patches serve where they cost less: windows that do not overlap.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import reduce
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from tracin.gradients.blocks import tiles
+from tracin.gradients.convolution import ConvolutionShape, columns, kernel_first, kernel_first_patches
+from tracin.shapes import Float
+
+__all__ = ["gram_is_cheaper", "gram_norm"]
+
+# One addition in memory takes as long as so many multiplications of a matrix product, and products are added fastest where
+# tiles are smaller by so much, in the caches: as `python benchmarks/convolutions.py --norms` found it on two CPU cores.
+ADDITION, CACHED = 8, 8
+
+# Places of an axis that leave the same remainder by the stride: the remainder, and the offsets q of the kernel among them.
+# Window t reads there at stride·(t + q) + remainder.
+Remainder = tuple[int, list[int]]
+
+
+def gram_is_cheaper(
+    x: Float[Tensor, "n c ..."], d: Float[Tensor, "n o ..."], shape: ConvolutionShape
+) -> bool:
+    """Whether ``gram_norm`` takes less than to multiply out.
+
+    Args:
+        x: Inputs [n, c, *space].
+        d: δ at the outputs [n, o, *pixels].
+        shape: The geometry.
+
+    Returns:
+        True for few pixels of many channels; False for a convolution in groups.
+    """
+    t = math.prod(d.shape[2:])
+    work = min(_work_by_pixels(x, shape), _work_by_patches(d, shape)) + t * t * shape.out_channels
+    return shape.groups == 1 and work < t * shape.weight_size
+
+
+def gram_norm(
+    x: Float[Tensor, "n c ..."], d: Float[Tensor, "n o ..."], shape: ConvolutionShape
+) -> Float[Tensor, " n"]:
+    """The squared norm of each picture's weight gradient.
+
+    Args:
+        x: Inputs [n, c, *space] of a convolution without groups.
+        d: δ at its outputs [n, o, *pixels].
+        shape: The geometry.
+
+    Returns:
+        Squared norms [n].
+    """
+    return _norm(x, d, shape, _pixels_are_cheaper(x, d, shape))
+
+
+def _norm(x: Tensor, d: Tensor, shape: ConvolutionShape, by_pixels: bool) -> Float[Tensor, " n"]:
+    route, elements = (_by_pixels, _pixel_elements) if by_pixels else (_by_patches, _patch_elements)
+    parts = []
+    for start, stop in tiles(len(x), elements(x, d, shape)):
+        some, flat = d[start:stop], d[start:stop].flatten(2)  # [n, o, t]
+        parts.append((route(x[start:stop], some, shape) * torch.bmm(flat.mT, flat)).sum((1, 2)))
+    return torch.cat(parts).clamp_min(0.0)
+
+
+def _by_patches(x: Tensor, d: Tensor, shape: ConvolutionShape) -> Float[Tensor, "n t t"]:
+    pixels, first = tuple(d.shape[2:]), kernel_first(d, shape)
+    a = kernel_first_patches(x, shape, pixels) if first else columns(x, shape, pixels).mT  # [n, t, i]
+    return torch.bmm(a, a.mT)
+
+
+def _by_pixels(x: Tensor, d: Tensor, shape: ConvolutionShape) -> Float[Tensor, "n t t"]:
+    pixels = tuple(d.shape[2:])
+    every = product(*(_remainders(shape, axis) for axis in range(len(pixels))))
+    total = reduce(Tensor.add_, (_that_meet(x, remainders, pixels, shape.stride) for remainders in every))
+    return total.flatten(1).view(len(x), math.prod(pixels), -1)
+
+
+def _that_meet(
+    x: Tensor, remainders: tuple[Remainder, ...], pixels: tuple[int, ...], stride: tuple[int, ...]
+) -> Float[Tensor, "n ..."]:
+    """The part of the Gram matrix [n, *pixels, *pixels] of the places with these remainders."""
+    some = x[(..., *(slice(first, None, step) for (first, _), step in zip(remainders, stride, strict=True)))]
+    flat = some.reshape(*some.shape[:2], -1)
+    part = torch.bmm(flat.mT, flat).view(len(x), *some.shape[2:], *some.shape[2:])
+    for axis, (_, offsets) in enumerate(remainders):
+        part = _along(part, axis, offsets, pixels[axis])
+    return part
+
+
+def _along(products: Tensor, axis: int, offsets: list[int], size: int) -> Tensor:
+    """Σ_q P[t + q, s + q] for t, s < size on one axis of both sides of P [n, *places, *places], which is 0 outside."""
+    axes, length = (1 + axis, 1 + axis + products.dim() // 2), products.shape[1 + axis]
+    straight = length == size and 0 in offsets
+    if straight and len(offsets) == 1:
+        return products
+    sizes = [size if at in axes else had for at, had in enumerate(products.shape)]
+    out = products.clone() if straight else products.new_zeros(sizes)
+    for q in offsets:
+        start, stop = max(0, -q), min(size, length - q)
+        if start < stop and not (straight and q == 0):
+            _square(out, axes, start, stop).add_(_square(products, axes, start + q, stop + q))
+    return out
+
+
+def _square(products: Tensor, axes: tuple[int, int], start: int, stop: int) -> Tensor:
+    for axis in axes:
+        products = products.narrow(axis, start, stop - start)
+    return products
+
+
+def _remainders(shape: ConvolutionShape, axis: int) -> list[Remainder]:
+    found: dict[int, list[int]] = {}
+    for k in range(shape.kernel[axis]):
+        q, remainder = divmod(shape.dilation[axis] * k - shape.padding[axis], shape.stride[axis])
+        found.setdefault(remainder, []).append(q)
+    return list(found.items())
+
+
+def _pixels_are_cheaper(x: Tensor, d: Tensor, shape: ConvolutionShape) -> bool:
+    return _work_by_pixels(x, shape) < _work_by_patches(d, shape)
+
+
+def _work_by_patches(d: Tensor, shape: ConvolutionShape) -> int:
+    """Multiplications of one picture."""
+    return math.prod(d.shape[2:]) ** 2 * shape.in_channels * math.prod(shape.kernel)
+
+
+def _work_by_pixels(x: Tensor, shape: ConvolutionShape) -> int:
+    """Multiplications of one picture, and its additions by the time that they take."""
+    pairs, additions = 1, 0
+    for axis, (size, step) in enumerate(zip(x.shape[2:], shape.stride, strict=True)):
+        found = [(len(range(first, size, step)) ** 2, len(qs)) for first, qs in _remainders(shape, axis)]
+        had, own = sum(square for square, _ in found), sum(square * reads for square, reads in found)
+        pairs, additions = pairs * had, additions * had + pairs * own
+    return pairs * shape.in_channels + ADDITION * additions
+
+
+def _patch_elements(x: Tensor, d: Tensor, shape: ConvolutionShape) -> int:
+    """What one picture takes by patches."""
+    t = math.prod(d.shape[2:])
+    return t * (shape.in_channels * math.prod(shape.kernel) + 2 * t)
+
+
+def _pixel_elements(x: Tensor, d: Tensor, shape: ConvolutionShape) -> int:
+    """What one picture takes by pixels, or as if it took more."""
+    places = math.prod(-(-size // step) for size, step in zip(x.shape[2:], shape.stride, strict=True))
+    return CACHED * max(places, math.prod(d.shape[2:])) ** 2
