@@ -116,18 +116,26 @@ class Settings:
 
 
 def machine(threads: int, clock: str) -> dict[str, Any]:
-    """What a reader needs to judge the times: never names or paths."""
+    """What a reader needs to judge the times: never the host's name or a path."""
     return {
         "threads": threads,
         "clock": clock,
         "cpus": os.cpu_count(),
-        "processor": platform.machine(),
+        "processor": f"{_processor()}{platform.machine()}",
         "vectors": torch.backends.cpu.get_cpu_capability(),
         "system": platform.system(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "tracin": tracin.__version__,
     }
+
+
+def _processor() -> str:
+    """Whose it is, where Linux tells: libraries have other kernels for other makers."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text(encoding="utf-8").splitlines() if told.exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{named[0]}, " if named else ""
 
 
 def ours(workload: Workload) -> tracin.TracInCP:

@@ -159,7 +159,8 @@ def section(one: dict[str, Any]) -> str:
     n, m, checkpoints = one["sizes"]
     facts = one["machine"]
     head = f"{n:,} rows × {m} queries × {checkpoints} checkpoint{'s' if checkpoints != 1 else ''}"
-    where = f"{facts['threads']} threads of {facts['cpus']} CPUs ({facts['vectors']}), torch {facts['torch']}"
+    cpus = f"{facts['cpus']} CPUs ({facts['processor']}, {facts['vectors']})"
+    where = f"{facts['threads']} threads of {cpus}, torch {facts['torch']}"
     return "\n".join([
         "",
         f"{head}, {one['rounds']} rounds, {where}: plain pass {one['pass']:.3f} s, ratio {one['ratio']:.2f}.", "",
