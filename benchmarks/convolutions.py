@@ -18,9 +18,10 @@ import torch
 from narrow import medians
 from torch import Tensor
 
-from tracin.gradients import convolution, gram
+from tracin.gradients import convolution
 from tracin.gradients.blocks import tiles
 from tracin.gradients.convolution import ConvolutionShape
+from tracin.gradients.gram import gram_norm, norm_work
 from tracin.gradients.pictures import Convolution
 from tracin.scoring.memory import freed_memory_kept
 
@@ -39,14 +40,10 @@ def multiplied_out(x: Tensor, d: Tensor, shape: ConvolutionShape) -> Tensor:
     return torch.cat(parts)
 
 
-def by_gram(pixels: bool, x: Tensor, d: Tensor, shape: ConvolutionShape) -> Tensor:
-    return gram._norm(x, d, shape, pixels)
-
-
 NORMS: dict[str, Callable[..., Tensor]] = {
     "multiplied out": multiplied_out,
-    "patches": partial(by_gram, False),
-    "pixels": partial(by_gram, True),
+    "patches": partial(gram_norm, by_pixels=False),
+    "pixels": partial(gram_norm, by_pixels=True),
 }
 
 
@@ -72,9 +69,10 @@ def taken_for_gradients(_: Tensor, d: Tensor, shape: ConvolutionShape) -> str:
 
 
 def taken_for_norms(x: Tensor, d: Tensor, shape: ConvolutionShape) -> str:
-    if not gram.gram_is_cheaper(x, d, shape):
+    work = norm_work(x, d, shape)
+    if not work.by_gram:
         return "multiplied out"
-    return "pixels" if gram._pixels_are_cheaper(x, d, shape) else "patches"
+    return "pixels" if work.by_pixels else "patches"
 
 
 def main() -> None:

@@ -160,6 +160,45 @@ def test_how_the_queries_are_held() -> None:
     assert size == {"0.weight": 15 * 8, "3.weight": 110 * 8}
 
 
+def pictures() -> tuple[nn.Module, torch.Tensor, dict[str, str]]:
+    """A convolution on a small map, one in groups, and a linear layer."""
+    model = nn.Sequential(
+        nn.Conv2d(16, 32, 3, padding=1, bias=False), nn.Tanh(), nn.Conv2d(32, 32, 3, padding=1, groups=2, bias=False),
+        nn.Flatten(), nn.Linear(512, 3),
+    )  # fmt: skip
+    told = {
+        "0.weight": "norm by products of pixels: 24.6 k by products of pixels, 73.7 k multiplied out",
+        "2.weight": "norm multiplied out: pictures or groups of channels meet in it",
+        "4.weight": "norm factored: that of the input times that of δ",
+    }
+    return model, torch.randn(6, 16, 4, 4, generator=torch.Generator().manual_seed(1)), told
+
+
+def words() -> tuple[nn.Module, torch.Tensor, dict[str, str]]:
+    """A table of words, and linear layers on three of them."""
+    model = nn.Sequential(
+        nn.Embedding(5, 30), nn.Linear(30, 40), nn.Tanh(), nn.Linear(40, 2), nn.LayerNorm(2)
+    )
+    told = {
+        "0.weight": "norm by matching tokens",
+        "1.weight": "norm by pairs of uses: 630 by pairs of uses, 3.6 k multiplied out",
+        "3.weight": "norm by what is multiplied out: 378 by pairs of uses, 240 multiplied out",
+        "4.weight": "",
+        "4.bias": "",
+    }
+    return model, torch.randint(0, 5, (6, 3), generator=torch.Generator().manual_seed(1)), told
+
+
+@pytest.mark.parametrize("case", [pictures, words])
+def test_how_norms_are_taken(case: Any) -> None:
+    model, x, told = case()
+    task = tracin.Task(model.eval(), lambda m, batch: m(batch[0]).square().flatten(1).sum(1))
+    states = tracin.Trajectory([tracin.Checkpoint(model.state_dict(), learning_rate=0.1)])
+    plan = tracin.TracInCP(task, states, device="cpu", progress=False).plan((x,), verb="self_influence")
+    assert {route.parameters[0]: route.why for route in plan.routes} == told
+    assert all(why in str(plan) for why in told.values())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_dtypes(dtype: torch.dtype) -> None:
     chosen = tracin.TracInCP(

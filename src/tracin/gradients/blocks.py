@@ -174,13 +174,18 @@ class Outer(Block):
         """Uses t of the layer within an example."""
         return self.a.shape[1]
 
+    @property
+    def paired(self) -> bool:
+        """Whether the norm takes less by every two uses than multiplied out."""
+        (_, t, i), o = self.a.shape, self.d.shape[2]
+        return t * (i + o) < i * o
+
     def squared_norm(self) -> Float[Tensor, " n"]:
-        n, t, i = self.a.shape
-        o = self.d.shape[2]
+        n, t, _ = self.a.shape
         if t == 1:
             squares = self.a.square().sum((1, 2)) + (self.bias or 0.0) ** 2
             return squares * self.d.square().sum((1, 2))
-        if t * (i + o) < i * o:
+        if self.paired:
             # ‖Σ_t δ_t ⊗ a_t‖² = Σ_ts (a_t·a_s)(δ_t·δ_s)
             parts = []
             for start, stop in tiles(n, 2 * t * t):

@@ -13,6 +13,7 @@ P of its own. The sum over k is taken axis by axis. Patches serve where they cos
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import reduce
 from itertools import product
 
@@ -23,7 +24,7 @@ from tracin.gradients.blocks import tiles
 from tracin.gradients.convolution import ConvolutionShape, columns, kernel_first, kernel_first_patches
 from tracin.shapes import Float
 
-__all__ = ["gram_is_cheaper", "gram_norm"]
+__all__ = ["NormWork", "gram_norm", "norm_work"]
 
 # One addition in memory takes as long as so many multiplications of a matrix product, and products are added fastest where
 # tiles are smaller by so much, in the caches: as `python benchmarks/convolutions.py --norms` found it on two CPU cores.
@@ -34,28 +35,27 @@ ADDITION, CACHED = 8, 8
 Remainder = tuple[int, list[int]]
 
 
-def gram_is_cheaper(
-    x: Float[Tensor, "n c ..."], d: Float[Tensor, "n o ..."], shape: ConvolutionShape
-) -> bool:
-    """Whether ``gram_norm`` takes less than to multiply out.
+@dataclass(frozen=True)
+class NormWork:
+    """What one picture's norm takes by each route, in multiplications or what takes as long."""
 
-    Args:
-        x: Inputs [n, c, *space].
-        d: δ at the outputs [n, o, *pixels].
-        shape: The geometry.
+    pixels: int
+    patches: int
+    multiplied_out: int
 
-    Returns:
-        True for few pixels of many channels; False for a convolution in groups.
-    """
-    t = math.prod(d.shape[2:])
-    work = min(_work_by_pixels(x, shape), _work_by_patches(d, shape)) + t * t * shape.out_channels
-    return shape.groups == 1 and work < t * shape.weight_size
+    @property
+    def by_pixels(self) -> bool:
+        """Whether products of pixels take less than products of patches."""
+        return self.pixels < self.patches
+
+    @property
+    def by_gram(self) -> bool:
+        """Whether Gram matrices take less than to multiply out: few pixels of many channels."""
+        return min(self.pixels, self.patches) < self.multiplied_out
 
 
-def gram_norm(
-    x: Float[Tensor, "n c ..."], d: Float[Tensor, "n o ..."], shape: ConvolutionShape
-) -> Float[Tensor, " n"]:
-    """The squared norm of each picture's weight gradient.
+def norm_work(x: Float[Tensor, "n c ..."], d: Float[Tensor, "n o ..."], shape: ConvolutionShape) -> NormWork:
+    """What the routes of a norm take.
 
     Args:
         x: Inputs [n, c, *space] of a convolution without groups.
@@ -63,12 +63,27 @@ def gram_norm(
         shape: The geometry.
 
     Returns:
+        The work for one picture.
+    """
+    t = math.prod(d.shape[2:])
+    own, patches = t * t * shape.out_channels, t * t * shape.in_channels * math.prod(shape.kernel)
+    return NormWork(_work_by_pixels(x, shape) + own, patches + own, t * shape.weight_size)
+
+
+def gram_norm(
+    x: Float[Tensor, "n c ..."], d: Float[Tensor, "n o ..."], shape: ConvolutionShape, *, by_pixels: bool
+) -> Float[Tensor, " n"]:
+    """The squared norm of each picture's weight gradient.
+
+    Args:
+        x: Inputs [n, c, *space] of a convolution without groups.
+        d: δ at its outputs [n, o, *pixels].
+        shape: The geometry.
+        by_pixels: By products of pixels; False: of patches.
+
+    Returns:
         Squared norms [n].
     """
-    return _norm(x, d, shape, _pixels_are_cheaper(x, d, shape))
-
-
-def _norm(x: Tensor, d: Tensor, shape: ConvolutionShape, by_pixels: bool) -> Float[Tensor, " n"]:
     route, elements = (_by_pixels, _pixel_elements) if by_pixels else (_by_patches, _patch_elements)
     parts = []
     for start, stop in tiles(len(x), elements(x, d, shape)):
@@ -129,15 +144,6 @@ def _remainders(shape: ConvolutionShape, axis: int) -> list[Remainder]:
         q, remainder = divmod(shape.dilation[axis] * k - shape.padding[axis], shape.stride[axis])
         found.setdefault(remainder, []).append(q)
     return list(found.items())
-
-
-def _pixels_are_cheaper(x: Tensor, d: Tensor, shape: ConvolutionShape) -> bool:
-    return _work_by_pixels(x, shape) < _work_by_patches(d, shape)
-
-
-def _work_by_patches(d: Tensor, shape: ConvolutionShape) -> int:
-    """Multiplications of one picture."""
-    return math.prod(d.shape[2:]) ** 2 * shape.in_channels * math.prod(shape.kernel)
 
 
 def _work_by_pixels(x: Tensor, shape: ConvolutionShape) -> int:

@@ -17,7 +17,7 @@ from tracin.gradients.convolution import (
     patches,
     weight_gradient,
 )
-from tracin.gradients.gram import gram_is_cheaper, gram_norm
+from tracin.gradients.gram import NormWork, gram_norm, norm_work
 from tracin.shapes import Float
 
 __all__ = ["Convolution", "Filters"]
@@ -45,10 +45,16 @@ class Convolution(Block):
     def size(self) -> int:
         return self.shape.weight_size
 
+    @property
+    def norm_work(self) -> NormWork | None:
+        """What the norm takes by each route; None where several pictures or groups of channels leave but one."""
+        one = self.x.shape[1] == 1 and self.shape.groups == 1
+        return norm_work(self.x[:, 0], self.d[:, 0], self.shape) if one else None
+
     def squared_norm(self) -> Float[Tensor, " n"]:
-        x, d = self.x[:, 0], self.d[:, 0]
-        if self.x.shape[1] == 1 and gram_is_cheaper(x, d, self.shape):
-            return gram_norm(x, d, self.shape)
+        work = self.norm_work
+        if work and work.by_gram:
+            return gram_norm(self.x[:, 0], self.d[:, 0], self.shape, by_pixels=work.by_pixels)
         spans = tiles(len(self), self.size)
         return torch.cat([self.rows(*span).multiplied_out().squared_norm() for span in spans])
 

@@ -36,7 +36,7 @@ from tracin.scoring.measuring import Cost, Measuring
 from tracin.scoring.order import tile_spans
 from tracin.scoring.passes import HeldQueries, compared, same_queries, score_batch
 from tracin.scoring.plan import Plan
-from tracin.scoring.routes import Route, routes_of
+from tracin.scoring.routes import Route, norm_routes, routes_of
 from tracin.scoring.run import Run
 from tracin.scoring.top_k import Strongest, most_rows
 
@@ -123,7 +123,7 @@ class _Planning:
 
     def _self_influence(self) -> Plan:
         run = self.run
-        routes = routes_of(run.train.wiring, self._check(run.train).blocks, {}, self.n)
+        routes = norm_routes(run.train.wiring, self._check(run.train).blocks)
         step = self.clock.repeated(self._own_step)
         self.clock.explain(self.first.peak, max(step.peak, self.checks[0].peak))
         parts = {"scores": self._sizes().result, "a batch": max(step.peak, self.checks[0].peak)}

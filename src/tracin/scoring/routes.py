@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tracin.gradients.blocks import Block, Outer, Rows, Sum
 from tracin.gradients.pictures import Convolution
 from tracin.gradients.sites import Wiring
 
-__all__ = ["Route", "routes_of"]
+__all__ = ["Route", "norm_routes", "routes_of"]
 
 Names = tuple[str, ...]
 
@@ -24,7 +24,7 @@ class Route:
         queries_held: How the queries' gradients are held.
         bytes_per_query: What one of them takes.
         reason: Why not by a rule, where it is not.
-        why: Why the queries are held as they are.
+        why: Why the queries are held as they are; for self-influence how the norm is taken.
     """
 
     parameters: Names
@@ -68,6 +68,45 @@ def _why(made: Block, kept: Block, train_rows: int) -> str:
         kinds = " and ".join(dict.fromkeys(type(part).__name__ for part in made.parts))
         return f"multiplied out: one parameter used as {kinds}, whose cross terms count"
     return ""
+
+
+def _norm_of(block: Block) -> str:
+    """How ``squared_norm`` goes, and what it would take otherwise."""
+    if isinstance(block, Outer):
+        (_, t, i), o = block.a.shape, block.d.shape[2]
+        if t == 1:
+            return "norm factored: that of the input times that of δ"
+        return _less("pairs of uses", t * t * (i + o), t * i * o, block.paired)
+    if isinstance(block, Convolution):
+        work = block.norm_work
+        if work is None:
+            return "norm multiplied out: pictures or groups of channels meet in it"
+        by, spent = ("pixels", work.pixels) if work.by_pixels else ("patches", work.patches)
+        return _less(f"products of {by}", spent, work.multiplied_out, work.by_gram)
+    if isinstance(block, Rows):
+        return "norm by matching tokens"
+    if isinstance(block, Sum):
+        return "norm multiplied out: cross terms of several uses count"
+    return ""
+
+
+def _less(by: str, spent: int, out: int, taken: bool) -> str:
+    how = by if taken else "what is multiplied out"
+    return f"norm by {how}: {_count(spent)} by {by}, {_count(out)} multiplied out"
+
+
+def norm_routes(wiring: Wiring, made: Mapping[Names, Block]) -> tuple[Route, ...]:
+    """The routes of a run that takes each row's norm.
+
+    Args:
+        wiring: The routes by parameter.
+        made: A batch's gradients as the routes made them.
+
+    Returns:
+        One entry per block.
+    """
+    found = routes_of(wiring, made, {}, 0)
+    return tuple(replace(route, why=_norm_of(made[route.parameters])) for route in found)
 
 
 def routes_of(
