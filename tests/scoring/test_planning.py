@@ -168,7 +168,7 @@ def pictures() -> tuple[nn.Module, torch.Tensor, dict[str, str]]:
     )  # fmt: skip
     told = {
         "0.weight": "norm by products of pixels: 24.6 k by products of pixels, 73.7 k multiplied out",
-        "2.weight": "norm multiplied out: pictures or groups of channels meet in it",
+        "2.weight": "norm multiplied out: several pictures a row, or channels in groups",
         "4.weight": "norm factored: that of the input times that of δ",
     }
     return model, torch.randn(6, 16, 4, 4, generator=torch.Generator().manual_seed(1)), told

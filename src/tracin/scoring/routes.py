@@ -80,7 +80,7 @@ def _norm_of(block: Block) -> str:
     if isinstance(block, Convolution):
         work = block.norm_work
         if work is None:
-            return "norm multiplied out: pictures or groups of channels meet in it"
+            return "norm multiplied out: several pictures a row, or channels in groups"
         by, spent = ("pixels", work.pixels) if work.by_pixels else ("patches", work.patches)
         return _less(f"products of {by}", spent, work.multiplied_out, work.by_gram)
     if isinstance(block, Rows):
