@@ -71,7 +71,7 @@ def told(found: dict[str, Any]) -> list[str]:
         spent for stage, spent in ours.items() if stage.startswith("blocks") or stage in {"norms", "products"}
     )
     shared = sum(ours.get(stage, 0.0) for stage in ("forward", "backward to the outputs"))
-    rest = ratio - gradients - shared
+    rest = max(0.0, ratio - gradients - shared)  # a difference of medians
     return [
         (
             f"Forward and backward without weight gradients take {without:.2f} of the pass ({forward:.2f} of it the forward). "
