@@ -266,3 +266,17 @@ def test_a_nan_is_named_though_the_queries_do_not_use_its_parameters() -> None:
     assert not scorer.influence((x, ones), (x[:2], ones[:2])).values.any()
     with pytest.raises(NotFiniteError, match=r"row 6 for trained\.weight"):
         scorer.influence((x, bad), (x[:2], ones[:2]))
+
+
+@pytest.mark.parametrize("row", [0, 3, 4, 8])
+def test_a_nan_is_named_wherever_its_row_stands(row: int) -> None:
+    """In the batch that is checked against autograd, whose own gradient is NaN as well, and in those after it."""
+    torch.manual_seed(0)
+    model = TwoHeads().double()
+    x, y = torch.randn(9, 3, dtype=torch.float64), torch.ones(9, dtype=torch.float64)
+    y[row] = 0
+    task = tracin.Task(model, kinked)
+    checkpoints = tracin.Trajectory([tracin.Checkpoint(model.state_dict(), learning_rate=0.3)])
+    scorer = tracin.TracInCP(task, checkpoints, batch_size=4, progress=False)
+    with pytest.raises(NotFiniteError, match=rf"row {row} for trained\.(weight|bias)"):
+        scorer.self_influence((x, y))

@@ -167,8 +167,8 @@ def pictures() -> tuple[nn.Module, torch.Tensor, dict[str, str]]:
         nn.Flatten(), nn.Linear(512, 3),
     )  # fmt: skip
     told = {
-        "0.weight": "norm by products of pixels: 24.6 k by products of pixels, 73.7 k multiplied out",
-        "2.weight": "norm multiplied out: several pictures a row, or channels in groups",
+        "0.weight": "norm by products of pixels: about 24.6 k multiplications, 73.7 k multiplied out",
+        "2.weight": "norm multiplied out: its channels are in groups",
         "4.weight": "norm factored: that of the input times that of δ",
     }
     return model, torch.randn(6, 16, 4, 4, generator=torch.Generator().manual_seed(1)), told
@@ -181,10 +181,10 @@ def words() -> tuple[nn.Module, torch.Tensor, dict[str, str]]:
     )
     told = {
         "0.weight": "norm by matching tokens",
-        "1.weight": "norm by pairs of uses: 630 by pairs of uses, 3.6 k multiplied out",
-        "3.weight": "norm by what is multiplied out: 378 by pairs of uses, 240 multiplied out",
-        "4.weight": "",
-        "4.bias": "",
+        "1.weight": "norm by pairs of uses: about 630 multiplications, 3.6 k multiplied out",
+        "3.weight": "norm multiplied out: about 240 multiplications, 378 by pairs of uses",
+        "4.weight": "norm of the gradient itself",
+        "4.bias": "norm of the gradient itself",
     }
     return model, torch.randint(0, 5, (6, 3), generator=torch.Generator().manual_seed(1)), told
 
@@ -197,6 +197,12 @@ def test_how_norms_are_taken(case: Any) -> None:
     plan = tracin.TracInCP(task, states, device="cpu", progress=False).plan((x,), verb="self_influence")
     assert {route.parameters[0]: route.why for route in plan.routes} == told
     assert all(why in str(plan) for why in told.values())
+
+
+def test_norms_of_features() -> None:
+    """Under a projection the gradients' own norms are not taken."""
+    plan = method(projection=8).plan(rows(N, 1), verb="self_influence")
+    assert {route.why for route in plan.routes} == {"projected to 4 features"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -28,7 +28,7 @@ from tracin.data import Batch
 from tracin.errors import DataError, LossError
 from tracin.gradients import reference
 from tracin.gradients.agreement import relative_error, tolerance
-from tracin.gradients.engine import BatchGradients, Keys, Source, batch_gradients
+from tracin.gradients.engine import BatchGradients, Keys, Source, batch_gradients, name_not_finite
 from tracin.gradients.probe import refuse_mixing as same_rows
 from tracin.gradients.sites import LocalSite, RuleSite, Wiring
 
@@ -223,6 +223,7 @@ def checked_gradients(
 
     Raises:
         LossError: The loss mixes rows.
+        NotFiniteError: A gradient is NaN or infinite.
     """
     wiring = source.wiring
     names = set(traced)
@@ -251,6 +252,7 @@ def checked_gradients(
         return found if keep_graph else BatchGradients(found.losses.detach(), found.blocks)
     alone = {name: error for name, error in failed.items() if name in source.wiring.by_row}
     if alone:
+        name_not_finite(found.blocks, batch, source.where, source.mend)
         name, error = max(alone.items(), key=lambda item: item[1])
         raise LossError(
             f"the gradient of a row for {name} depends on the rows around it (off by {error:.1e} in a batch, {source.where}): "

@@ -8,6 +8,9 @@ With δ_t at the pixel t of the output and patches a_t[k, c] = x[c, stride·t + 
 so that products of pixels do, which are fewer than those of patches by the size of the kernel: each k reads P further
 along its diagonals. Only pixels whose places leave the same remainder by the stride ever meet, so that every remainder has a
 P of its own. The sum over k is taken axis by axis. Patches serve where they cost less: windows that do not overlap.
+
+Rounding is relative to Σ_ts |⟨a_t, a_s⟩ ⟨δ_t, δ_s⟩|. As a rule that is less than what multiplying out loses; it is more where δ
+cancel over patches that are nearly the same (nothing padded, and a norm layer next).
 """
 
 from __future__ import annotations

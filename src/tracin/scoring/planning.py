@@ -123,7 +123,9 @@ class _Planning:
 
     def _self_influence(self) -> Plan:
         run = self.run
-        routes = norm_routes(run.train.wiring, self._check(run.train).blocks)
+        made = self._check(run.train)
+        routes = norm_routes(run.train.wiring, made.blocks, compared(run, made))
+        del made
         step = self.clock.repeated(self._own_step)
         self.clock.explain(self.first.peak, max(step.peak, self.checks[0].peak))
         parts = {"scores": self._sizes().result, "a batch": max(step.peak, self.checks[0].peak)}

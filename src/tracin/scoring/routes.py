@@ -80,33 +80,45 @@ def _norm_of(block: Block) -> str:
     if isinstance(block, Convolution):
         work = block.norm_work
         if work is None:
-            return "norm multiplied out: several pictures a row, or channels in groups"
+            kind = "its channels are in groups" if block.shape.groups > 1 else "a row has several pictures"
+            return f"norm multiplied out: {kind}"
         by, spent = ("pixels", work.pixels) if work.by_pixels else ("patches", work.patches)
         return _less(f"products of {by}", spent, work.multiplied_out, work.by_gram)
     if isinstance(block, Rows):
         return "norm by matching tokens"
     if isinstance(block, Sum):
         return "norm multiplied out: cross terms of several uses count"
-    return ""
+    return "norm of the gradient itself"
 
 
 def _less(by: str, spent: int, out: int, taken: bool) -> str:
-    how = by if taken else "what is multiplied out"
-    return f"norm by {how}: {_count(spent)} by {by}, {_count(out)} multiplied out"
+    if taken:
+        return f"norm by {by}: about {_count(spent)} multiplications, {_count(out)} multiplied out"
+    return f"norm multiplied out: about {_count(out)} multiplications, {_count(spent)} by {by}"
 
 
-def norm_routes(wiring: Wiring, made: Mapping[Names, Block]) -> tuple[Route, ...]:
+def norm_routes(
+    wiring: Wiring, made: Mapping[Names, Block], compared: Mapping[Names, Block]
+) -> tuple[Route, ...]:
     """The routes of a run that takes each row's norm.
 
     Args:
         wiring: The routes by parameter.
         made: A batch's gradients as the routes made them.
+        compared: What norms are taken of: the same, or their features under a projection.
 
     Returns:
         One entry per block.
     """
-    found = routes_of(wiring, made, {}, 0)
-    return tuple(replace(route, why=_norm_of(made[route.parameters])) for route in found)
+    return tuple(
+        replace(route, why=_projected(made[at], compared[at]) or _norm_of(compared[at]))
+        for route in routes_of(wiring, made, {}, 0)
+        for at in [route.parameters]
+    )
+
+
+def _projected(block: Block, features: Block) -> str:
+    return f"projected to {features.size:,} features" if features.size != block.size else ""
 
 
 def routes_of(
@@ -128,12 +140,7 @@ def routes_of(
         reasons = "; ".join(dict.fromkeys(wiring.reasons[name] for name in names if name in wiring.reasons))
         if names in kept:
             size, holding = kept[names].nbytes // max(1, len(block)), type(kept[names]).__name__
-            projected = kept[names].size != block.size
-            why = (
-                f"projected to {kept[names].size:,} features"
-                if projected
-                else _why(block, kept[names], train_rows)
-            )
+            why = _projected(block, kept[names]) or _why(block, kept[names], train_rows)
         else:
             size, holding, why = 0, "", ""
         out.append(Route(names, wiring.route(names[0]), holding, size, reasons, why))
