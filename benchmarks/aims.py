@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from measure import Result
 
-__all__ = ["aim_of", "aims"]
+__all__ = ["AIM_CLASSES", "aim_of", "aims"]
 
-# In passes; the first for 2,000 pictures, the second for more of them and for language models.
-AIM, AIM_LARGE, AIM_SELF = 1.3, 1.4, 1.25
+# In passes; the first for 2,000 pictures, the second for more of them and for language models, the last for sums by class.
+AIM, AIM_LARGE, AIM_SELF, AIM_CLASSES = 1.3, 1.4, 1.25, 1.15
 PASSES = (
     ("influence", ("mlp", "cnn", "resnet", "mlp-large", "cnn-large", "gpt", "gpt-wide")),
     ("self_influence", ("mlp-large", "cnn-large", "resnet-large")),

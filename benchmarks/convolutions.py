@@ -19,7 +19,6 @@ from narrow import medians
 from torch import Tensor
 
 from tracin.gradients import convolution
-from tracin.gradients.blocks import tiles
 from tracin.gradients.convolution import ConvolutionShape
 from tracin.gradients.gram import gram_norm, norm_work
 from tracin.gradients.pictures import Convolution
@@ -35,9 +34,7 @@ GRADIENTS: dict[str, Callable[..., Tensor]] = {
 
 
 def multiplied_out(x: Tensor, d: Tensor, shape: ConvolutionShape) -> Tensor:
-    block = Convolution(x[:, None], d[:, None], shape)
-    parts = [block.rows(*span).multiplied_out().squared_norm() for span in tiles(len(x), shape.weight_size)]
-    return torch.cat(parts)
+    return Convolution(x[:, None], d[:, None], shape).norm_multiplied_out()
 
 
 NORMS: dict[str, Callable[..., Tensor]] = {

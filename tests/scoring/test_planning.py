@@ -163,9 +163,12 @@ def test_how_the_queries_are_held() -> None:
 def pictures() -> tuple[nn.Module, torch.Tensor, dict[str, str]]:
     """A convolution on a small map, one in groups, and a linear layer."""
     model = nn.Sequential(
-        nn.Conv2d(16, 32, 3, padding=1, bias=False), nn.Tanh(), nn.Conv2d(32, 32, 3, padding=1, groups=2, bias=False),
-        nn.Flatten(), nn.Linear(512, 3),
-    )  # fmt: skip
+        nn.Conv2d(16, 32, 3, padding=1, bias=False),
+        nn.Tanh(),
+        nn.Conv2d(32, 32, 3, padding=1, groups=2, bias=False),
+        nn.Flatten(),
+        nn.Linear(512, 3),
+    )
     told = {
         "0.weight": "norm by products of pixels: about 24.6 k multiplications, 73.7 k multiplied out",
         "2.weight": "norm multiplied out: its channels are in groups",

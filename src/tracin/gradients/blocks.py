@@ -175,17 +175,17 @@ class Outer(Block):
         return self.a.shape[1]
 
     @property
-    def paired(self) -> bool:
-        """Whether the norm takes less by every two uses than multiplied out."""
+    def norm_work(self) -> tuple[int, int]:
+        """Multiplications of one example's norm by every two uses, and multiplied out."""
         (_, t, i), o = self.a.shape, self.d.shape[2]
-        return t * (i + o) < i * o
+        return t * t * (i + o), t * i * o
 
     def squared_norm(self) -> Float[Tensor, " n"]:
-        n, t, _ = self.a.shape
+        (n, t, _), (paired, multiplied_out) = self.a.shape, self.norm_work
         if t == 1:
             squares = self.a.square().sum((1, 2)) + (self.bias or 0.0) ** 2
             return squares * self.d.square().sum((1, 2))
-        if self.paired:
+        if paired < multiplied_out:
             # ‖Σ_t δ_t ⊗ a_t‖² = Σ_ts (a_t·a_s)(δ_t·δ_s)
             parts = []
             for start, stop in tiles(n, 2 * t * t):

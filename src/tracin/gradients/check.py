@@ -252,6 +252,7 @@ def checked_gradients(
         return found if keep_graph else BatchGradients(found.losses.detach(), found.blocks)
     alone = {name: error for name, error in failed.items() if name in source.wiring.by_row}
     if alone:
+        # A NaN agrees with nothing, itself included.
         name_not_finite(found.blocks, batch, source.where, source.mend)
         name, error = max(alone.items(), key=lambda item: item[1])
         raise LossError(

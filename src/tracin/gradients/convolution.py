@@ -29,7 +29,6 @@ __all__ = [
     "kernel_first_patches",
     "patch_elements",
     "patches",
-    "pixels_first",
     "weight_gradient",
 ]
 
@@ -106,7 +105,7 @@ def kernel_first_gradient(x: Tensor, d: Tensor, shape: ConvolutionShape) -> Tens
         Gradients [n, o, kernel·c].
     """
     a = kernel_first_patches(x, shape, tuple(d.shape[2:]))
-    return torch.bmm(pixels_first(d).mT, a)
+    return torch.bmm(_pixels_first(d).mT, a)
 
 
 def kernel_first_patches(x: Tensor, shape: ConvolutionShape, pixels: tuple[int, ...]) -> Tensor:
@@ -118,7 +117,7 @@ def kernel_first_patches(x: Tensor, shape: ConvolutionShape, pixels: tuple[int, 
     return view.reshape(len(x), math.prod(pixels), math.prod(shape.kernel) * shape.in_channels)
 
 
-def pixels_first(d: Tensor) -> Tensor:
+def _pixels_first(d: Tensor) -> Tensor:
     """Maps [n, o, *pixels] as [n, pixels, o]."""
     return d.movedim(1, -1).reshape(len(d), -1, d.shape[1])
 

@@ -160,12 +160,12 @@ def _work_by_pixels(x: Tensor, shape: ConvolutionShape) -> int:
 
 
 def _patch_elements(x: Tensor, d: Tensor, shape: ConvolutionShape) -> int:
-    """What one picture takes by patches."""
+    """Elements that one picture takes by patches."""
     t = math.prod(d.shape[2:])
     return t * (shape.in_channels * math.prod(shape.kernel) + 2 * t)
 
 
 def _pixel_elements(x: Tensor, d: Tensor, shape: ConvolutionShape) -> int:
-    """What one picture takes by pixels, or as if it took more."""
+    """The largest matrix of one picture, times what keeps a tile in the caches."""
     places = math.prod(-(-size // step) for size, step in zip(x.shape[2:], shape.stride, strict=True))
     return CACHED * max(places, math.prod(d.shape[2:])) ** 2

@@ -55,6 +55,10 @@ class Convolution(Block):
         work = self.norm_work
         if work and work.by_gram:
             return gram_norm(self.x[:, 0], self.d[:, 0], self.shape, by_pixels=work.by_pixels)
+        return self.norm_multiplied_out()
+
+    def norm_multiplied_out(self) -> Float[Tensor, " n"]:
+        """The squared norm from gradients that are made for it, in tiles."""
         spans = tiles(len(self), self.size)
         return torch.cat([self.rows(*span).multiplied_out().squared_norm() for span in spans])
 

@@ -73,17 +73,16 @@ def _why(made: Block, kept: Block, train_rows: int) -> str:
 def _norm_of(block: Block) -> str:
     """How ``squared_norm`` goes, and what it would take otherwise."""
     if isinstance(block, Outer):
-        (_, t, i), o = block.a.shape, block.d.shape[2]
-        if t == 1:
+        if block.uses == 1:
             return "norm factored: that of the input times that of δ"
-        return _less("pairs of uses", t * t * (i + o), t * i * o, block.paired)
+        return _less("pairs of uses", *block.norm_work)
     if isinstance(block, Convolution):
         work = block.norm_work
         if work is None:
             kind = "its channels are in groups" if block.shape.groups > 1 else "a row has several pictures"
             return f"norm multiplied out: {kind}"
         by, spent = ("pixels", work.pixels) if work.by_pixels else ("patches", work.patches)
-        return _less(f"products of {by}", spent, work.multiplied_out, work.by_gram)
+        return _less(f"products of {by}", spent, work.multiplied_out)
     if isinstance(block, Rows):
         return "norm by matching tokens"
     if isinstance(block, Sum):
@@ -91,8 +90,8 @@ def _norm_of(block: Block) -> str:
     return "norm of the gradient itself"
 
 
-def _less(by: str, spent: int, out: int, taken: bool) -> str:
-    if taken:
+def _less(by: str, spent: int, out: int) -> str:
+    if spent < out:
         return f"norm by {by}: about {_count(spent)} multiplications, {_count(out)} multiplied out"
     return f"norm multiplied out: about {_count(out)} multiplications, {_count(spent)} by {by}"
 
